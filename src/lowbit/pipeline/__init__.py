@@ -1,0 +1,1 @@
+"""The streaming pipeline: a checkpoint flows through block by block and leaves quantized."""
