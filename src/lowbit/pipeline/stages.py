@@ -1,0 +1,189 @@
+"""One forward of a block for many batches that stops wherever quantizable linears receive their input.
+
+At each stop, all batches have delivered the inputs of the same linears; the caller solves those linears and the
+forward goes on through the solved weights. That is GPTQ's ``true_sequential`` at the price of a single forward.
+
+Stopping keeps the intermediate states of all batches in memory. Where that is too much, ``keep=False`` runs every
+batch again from the block's input up to the next stop: the same results from more arithmetic and less memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from greenlet import greenlet
+from torch import nn
+
+from lowbit.pipeline.experts import UnfusedExperts
+
+Group = tuple[str, ...]
+"""Linears (names relative to the block) that receive the same input."""
+
+
+class _StoppedError(Exception):
+    """Ends a batch's forward at the next stop when states are not kept; never leaves this module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Groups of linears that can be solved together, in the order in which the block runs them."""
+
+    name: str
+    groups: tuple[Group, ...]
+
+
+def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[], object]) -> list[Stage]:
+    """The stages of ``block`` in execution order, found by one small forward.
+
+    ``names`` are the linears of interest, relative to the block. Linears inside :class:`UnfusedExperts` form two
+    stages of their own; all others are grouped by the identity of their input.
+    """
+    stages: list[Stage] = []
+    inputs: list[tuple[torch.Tensor, list[str]]] = []
+    handles = []
+    inside = set()
+    for path, module in block.named_modules():
+        if isinstance(module, UnfusedExperts):
+            inside.update(n for n in names if n.startswith(f"{path}."))
+
+    def record(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            for tensor, group in inputs:
+                if tensor is arguments[0]:
+                    group.append(name)
+                    return
+            inputs.append((arguments[0], [name]))
+            stages.append(Stage(name, ()))
+
+        return hook
+
+    for name in names:
+        if name not in inside:
+            handles.append(block.get_submodule(name).register_forward_pre_hook(record(name)))
+    for path, module in block.named_modules():
+        if isinstance(module, UnfusedExperts):
+            gate, up, down = module.names
+            wanted = set(names)
+
+            def point(kind: str, _: object, path: str = path, count: int = module.count, last: tuple[str, ...] = (gate, up, down)) -> None:
+                columns = last[:2] if kind == "in" else last[2:]
+                groups = [tuple(f"{path}.{i}.{c}" for c in columns if f"{path}.{i}.{c}" in wanted) for i in range(count)]
+                stages.append(Stage(f"{path}:{kind}", tuple(g for g in groups if g)))
+
+            module.stage_point = point
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in block.modules():
+            if isinstance(module, UnfusedExperts):
+                module.stage_point = None
+    groups = {group[0]: tuple(group) for _, group in inputs}
+    return [stage if stage.groups or ":" in stage.name else Stage(stage.name, (groups[stage.name],)) for stage in stages]
+
+
+class StagedForward:
+    """Runs a block's forward stage by stage over batches.
+
+    ``block``     the materialised block; the caller replaces weights between stages
+    ``stages``    from :func:`discover_stages`
+    ``forwards``  one call per batch, each running the block and returning its output
+    """
+
+    def __init__(
+        self, block: nn.Module, stages: Sequence[Stage], forwards: Sequence[Callable[[], torch.Tensor]], *, keep: bool
+    ) -> None:
+        self._block = block
+        self._stages = [stage for stage in stages if stage.groups]
+        self._forwards = forwards
+        self._keep = keep
+        self._open: set[str] = set()
+        self._on_input: Callable[[Group, torch.Tensor], None] = lambda group, x: None
+
+    def run(
+        self,
+        on_input: Callable[[Group, torch.Tensor], None],
+        on_stage: Callable[[Stage], None],
+        on_output: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        """Deliver every input to ``on_input``, call ``on_stage`` when a stage is complete, deliver outputs by batch."""
+        handles = self._install()
+        self._on_input = on_input
+        self._open = {stage.name for stage in self._stages}
+        try:
+            if self._keep:
+                self._run_kept(on_stage, on_output)
+            else:
+                self._run_again(on_stage, on_output)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in self._block.modules():
+                if isinstance(module, UnfusedExperts):
+                    module.stage_point = None
+
+    def _run_kept(self, on_stage: Callable[[Stage], None], on_output: Callable[[int, torch.Tensor], None]) -> None:
+        running = [greenlet(forward) for forward in self._forwards]
+        for stage in [*self._stages, None]:
+            for index, batch in enumerate(running):
+                result = batch.switch()
+                if batch.dead:
+                    on_output(index, result)
+            if stage is not None:
+                on_stage(stage)
+                self._open.discard(stage.name)
+
+    def _run_again(self, on_stage: Callable[[Stage], None], on_output: Callable[[int, torch.Tensor], None]) -> None:
+        for stage in self._stages:
+            for forward in self._forwards:
+                try:
+                    forward()
+                except _StoppedError:
+                    continue
+            on_stage(stage)
+            self._open.discard(stage.name)
+        for index, forward in enumerate(self._forwards):
+            on_output(index, forward())
+
+    def _stop(self) -> None:
+        if not self._keep:
+            raise _StoppedError
+        main = greenlet.getcurrent().parent
+        main.switch()
+
+    def _install(self) -> list[torch.utils.hooks.RemovableHandle]:
+        handles = []
+        modules = dict(self._block.named_modules())
+        for stage in self._stages:
+            path, _, kind = stage.name.partition(":")
+            if kind:
+                continue
+
+            def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...], stage: Stage = stage) -> None:
+                if stage.name in self._open:
+                    self._on_input(stage.groups[0], arguments[0])
+                    self._stop()
+
+            handles.append(modules[path].register_forward_pre_hook(hook))
+        for path, module in modules.items():
+            if isinstance(module, UnfusedExperts):
+                module.stage_point = self._expert_point(path, {s.name: s for s in self._stages})
+        return handles
+
+    def _expert_point(self, path: str, stages: dict[str, Stage]) -> Callable[[str, dict[Group, torch.Tensor]], None]:
+        def point(kind: str, inputs: dict[Group, torch.Tensor]) -> None:
+            stage = stages.get(f"{path}:{kind}")
+            if stage is None or stage.name not in self._open:
+                return
+            for names, x in inputs.items():
+                group = tuple(f"{path}.{name}" for name in names)
+                for wanted in stage.groups:
+                    if set(wanted) <= set(group):
+                        self._on_input(wanted, x)
+            inputs.clear()
+            self._stop()
+
+        return point

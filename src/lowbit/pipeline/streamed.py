@@ -1,0 +1,333 @@
+"""A transformers model of which only one block is in memory at a time.
+
+transformers builds the model on the meta device. The blocks are replaced by taps: one forward of the empty shell
+then yields what each block is called with (masks, position embeddings), the embedding, or the logits of given final
+hidden states, whatever the family does in between. Blocks are materialised from the checkpoint one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.checkpoint import Checkpoint
+from lowbit.codecs import ModulePlan, module_plan, read_dense
+from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.pipeline.architectures import Family, family_of
+from lowbit.pipeline.experts import unfuse_experts
+
+HEAD_ROWS = 16384
+"""Vocabulary rows of an output head that are held in compute precision at a time."""
+
+
+class _EmbeddedError(Exception):
+    """Ends the shell's forward once the first block's input is known; never leaves this module."""
+
+
+class _Tap(nn.Module):
+    """Stands in a block's place and lets the shell run without it."""
+
+    def __init__(self, index: int, owner: StreamedModel, original: nn.Module) -> None:
+        super().__init__()
+        self._index = index
+        self._owner = [owner]  # in a list: not a submodule
+        self._original = [original]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"][0], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._owner[0]._tapped(self._index, hidden_states, args, kwargs)
+
+
+class _Embedding(nn.Module):
+    """Looks rows up in the checkpoint, so that a large table is never read whole."""
+
+    def __init__(self, original: nn.Embedding, owner: StreamedModel, name: str) -> None:
+        super().__init__()
+        self._original = original
+        self._owner = [owner]
+        self._name = name
+
+    def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        owner = self._owner[0]
+        rows, inverse = torch.unique(ids, return_inverse=True)
+        table = owner.checkpoint.read_rows(self._name, rows.cpu())
+        self._original._parameters["weight"] = nn.Parameter(table.to(owner.device, owner.dtype), requires_grad=False)
+        return self._original(inverse, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+class _Head(nn.Module):
+    """The output head in its stored precision, computed a slice of the vocabulary at a time."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._stored = weight if weight.numel() > HEAD_ROWS * 1024 else weight.to(dtype)
+        self._bias = bias
+        self._dtype = dtype
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows, dtype = self._stored.shape[0], self._dtype
+        logits = torch.empty(*hidden.shape[:-1], rows, dtype=dtype, device=hidden.device)
+        for first in range(0, rows, HEAD_ROWS):
+            last = min(first + HEAD_ROWS, rows)
+            bias = None if self._bias is None else self._bias[first:last]
+            logits[..., first:last] = nn.functional.linear(hidden, self._stored[first:last].to(dtype), bias)
+        return logits
+
+
+class StreamedModel:
+    """A causal language model over a checkpoint in any format that lowbit reads, quantized weights dequantized.
+
+    Raises :class:`UnsupportedError` for an architecture that transformers does not know or that has no single list of
+    blocks, and :class:`CheckpointError` for a tensor that the model needs and the checkpoint lacks.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.plan: dict[str, ModulePlan] = module_plan(checkpoint)
+        self.model = build_empty(checkpoint, trust_remote_code=trust_remote_code)
+        self.config = self.model.config.get_text_config()
+        self.family: Family = family_of(self.config.model_type)
+        self.hidden_size: int = self.config.hidden_size
+        self._blocks_path, self._blocks = _find_blocks(self.model)
+        for block in self._blocks:
+            unfuse_experts(block, self.family.experts)
+        self.block_names = [f"{self._blocks_path}.{i}" for i in range(len(self._blocks))]
+        self._contexts: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._mode = ""
+        self._captured: Any = None
+        taps = nn.ModuleList([_Tap(i, self, block) for i, block in enumerate(self._blocks)])
+        parent, _, last = self._blocks_path.rpartition(".")
+        setattr(self.model.get_submodule(parent), last, taps)
+        self._prepare_shell()
+        self.model.eval()
+
+    # ---- names -----------------------------------------------------------------------------------------------
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name for the model's parameter or module ``name``."""
+        for old, new in self.family.renames:
+            name = name.replace(old, new)
+        return name[len(self._extra_prefix) :] if name.startswith(self._extra_prefix) else self._missing_prefix + name
+
+    def _match_prefix(self) -> None:
+        """Find out whether the checkpoint's names carry the base model's prefix."""
+        self._extra_prefix, self._missing_prefix = "", ""
+        base = f"{self.model.base_model_prefix}."
+        embedding = self._embedding_name + ".weight"
+        if embedding in self.checkpoint.tensors:
+            return
+        if embedding.startswith(base) and embedding[len(base) :] in self.checkpoint.tensors:
+            self._extra_prefix = base
+        elif any(name.endswith(f".{embedding}") for name in self.checkpoint.tensors):
+            found = next(name for name in self.checkpoint.tensors if name.endswith(f".{embedding}"))
+            self._missing_prefix = found[: -len(embedding)]
+        else:
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {embedding} is missing: is the download complete?")
+
+    def shell_names(self) -> list[str]:
+        """Stored names of the tensors outside the blocks (embedding, final norm, head), and of any the model ignores."""
+        prefixes = tuple(f"{self.stored_name(name)}." for name in self.block_names)
+        return [name for name in self.checkpoint.tensors if not name.startswith(prefixes)]
+
+    def block_tensor_names(self, index: int) -> list[str]:
+        """Stored names of all tensors of block ``index``."""
+        prefix = f"{self.stored_name(self.block_names[index])}."
+        return [name for name in self.checkpoint.tensors if name.startswith(prefix)]
+
+    # ---- building --------------------------------------------------------------------------------------------
+
+    def _prepare_shell(self) -> None:
+        embedding = self.model.get_input_embeddings()
+        head = self.model.get_output_embeddings()
+        names = {module: name for name, module in self.model.named_modules()}
+        self._embedding_name = names[embedding]
+        self._match_prefix()
+        for module in self.model.modules():
+            self._restore_buffers(module)
+        if head is not None:
+            name = names[head]
+            stored = self.stored_name(name) + ".weight"
+            if stored not in self.checkpoint.tensors:
+                if not self.config.tie_word_embeddings:
+                    raise CheckpointError(f"{self.checkpoint.path}: tensor {stored} is missing and not tied")
+                stored = self.stored_name(self._embedding_name) + ".weight"
+            bias = self._dense(f"{name}.bias") if getattr(head, "bias", None) is not None else None
+            in_head = read_dense(self.checkpoint, self.plan, stored).to(self.device)
+            self._replace(name, _Head(in_head, bias, self.dtype))
+        stored = self.stored_name(self._embedding_name) + ".weight"
+        self._replace(self._embedding_name, _Embedding(embedding, self, stored))
+        skip = {id(p) for p in embedding.parameters()}
+        for name, parameter in list(self.model.named_parameters()):
+            if id(parameter) not in skip and parameter.device.type == "meta":
+                self._set(self.model, name, self._dense(name))
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, last = name.rpartition(".")
+        self.model.get_submodule(parent).add_module(last, module)
+
+    def _restore_buffers(self, module: nn.Module) -> None:
+        """Recompute what a module built on the meta device derives from the config (rotary frequencies, scales)."""
+        if not any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False)):
+            return
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = torch.empty_like(buffer, device=self.device)
+        self.model._init_weights(module)
+
+    def _dense(self, name: str) -> torch.Tensor:
+        stored = self.stored_name(name)
+        try:
+            tensor = read_dense(self.checkpoint, self.plan, stored)
+        except KeyError:
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {stored} is missing: is the download complete?") from None
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {stored} has values that are not finite")
+        return tensor.to(self.device, self.dtype)
+
+    def _set(self, root: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        parent, _, last = name.rpartition(".")
+        module = root.get_submodule(parent)
+        expected = module._parameters[last]
+        if expected is not None and tuple(expected.shape) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor for {name} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(expected.shape)}"
+            )
+        module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+
+    def load_block(self, index: int) -> nn.Module:
+        """Block ``index`` with dense weights in the compute dtype; it is the caller's, and gone when released."""
+        block = copy.deepcopy(self._blocks[index])
+        prefix = self.block_names[index]
+        for module in block.modules():
+            self._restore_buffers(module)
+        for name, _ in list(block.named_parameters()):
+            self._set(block, name, self._dense(f"{prefix}.{name}"))
+        return block.eval()
+
+    def empty_block(self, index: int) -> nn.Module:
+        """Block ``index`` on the meta device: shapes only."""
+        return self._blocks[index]
+
+    # ---- running ---------------------------------------------------------------------------------------------
+
+    def _tapped(self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        if self._mode == "embed":
+            self._captured = hidden
+            raise _EmbeddedError
+        if self._mode == "context":
+            if args:
+                raise UnsupportedError(f"{self.config.model_type}: blocks are called with positional arguments")
+            self._captured.append(kwargs)
+            return hidden
+        return self._captured if index == 0 else hidden  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _running(self, mode: str, value: Any) -> Iterator[None]:
+        self._mode, self._captured = mode, value
+        try:
+            yield
+        finally:
+            self._mode, self._captured = "", None
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The first block's input ``[batch, length, hidden]`` for token ids ``[batch, length]``."""
+        with self._running("embed", None):
+            try:
+                self.model(input_ids=ids.to(self.device), use_cache=False)
+            except _EmbeddedError:
+                return self._captured  # type: ignore[no-any-return]
+        raise UnsupportedError(f"{self.config.model_type}: the model never calls its blocks")
+
+    @torch.no_grad()
+    def context(self, index: int, batch: int, length: int) -> dict[str, Any]:
+        """The keyword arguments (masks, position embeddings …) of block ``index`` for full windows of that shape."""
+        key = (batch, length)
+        if key not in self._contexts:
+            calls: list[dict[str, Any]] = []
+            with self._running("context", calls):
+                self.model(input_ids=torch.zeros(batch, length, dtype=torch.long, device=self.device), use_cache=False)
+            self._contexts[key] = calls
+        return self._contexts[key][index]
+
+    @torch.no_grad()
+    def run_block(self, block: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of ``block`` (loaded as ``index``) for hidden states ``[batch, length, hidden]``."""
+        hidden = hidden.to(self.device, self.dtype)
+        output = block(hidden, **self.context(index, hidden.shape[0], hidden.shape[1]))
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[batch, length, vocabulary]`` of the last block's output, final norm and head applied."""
+        hidden = hidden.to(self.device, self.dtype)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        with self._running("logits", hidden):
+            return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The transformers model of a checkpoint's config, on the meta device, without quantization hooks.
+
+    Raises :class:`UnsupportedError` when transformers does not know the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")}
+    model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{checkpoint.path}/config.json: model_type is missing")
+    try:
+        if trust_remote_code and "auto_map" in values:
+            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
+        else:
+            config = AutoConfig.for_model(model_type, **values)
+    except ValueError as error:
+        if "auto_map" in values:
+            hint = "it brings its own code: read it, then pass --trust-remote-code"
+        else:
+            hint = "upgrade transformers, or check model_type in config.json"
+        raise UnsupportedError(f"{checkpoint.path}: unknown architecture {model_type!r}", [hint]) from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path}/config.json: {error}") from error
+    config = config.get_text_config()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, attn_implementation="sdpa", dtype=torch.float32
+            )
+    except ValueError as error:
+        raise UnsupportedError(f"{checkpoint.path}: {model_type!r} is no causal language model") from error
+
+
+def _find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
+    """Path and modules of the decoder's list of blocks."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    if len(outer) != 1:
+        raise UnsupportedError(
+            f"{model.config.model_type}: no single list of {count} blocks", [f"found {[n for n, _ in outer]}"]
+        )
+    name, blocks = outer[0]
+    return name, list(blocks)
+
