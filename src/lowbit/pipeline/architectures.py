@@ -60,6 +60,7 @@ FAMILIES: dict[str, Family] = {
     "phi": Family({"q_proj": "input_layernorm"}),
     "gpt_neox": Family(
         {"query_key_value": "input_layernorm", "dense_h_to_4h": "post_attention_layernorm"},
+        renames=(("lm_head.", "embed_out."),),
     ),
     "opt": Family({"q_proj": "self_attn_layer_norm", "out_proj": ".v_proj", "fc1": "final_layer_norm"}),
     "mixtral": Family({**_MOE.folds, "w2": ".w3"}, ("w1", "w3", "w2"), ((".mlp.", ".block_sparse_moe."),)),

@@ -64,15 +64,7 @@ def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[]
             handles.append(block.get_submodule(name).register_forward_pre_hook(record(name)))
     for path, module in block.named_modules():
         if isinstance(module, UnfusedExperts):
-            gate, up, down = module.names
-            wanted = set(names)
-
-            def point(kind: str, _: object, path: str = path, count: int = module.count, last: tuple[str, ...] = (gate, up, down)) -> None:
-                columns = last[:2] if kind == "in" else last[2:]
-                groups = [tuple(f"{path}.{i}.{c}" for c in columns if f"{path}.{i}.{c}" in wanted) for i in range(count)]
-                stages.append(Stage(f"{path}:{kind}", tuple(g for g in groups if g)))
-
-            module.stage_point = point
+            module.stage_point = _expert_stages(path, module, set(names), stages)
     try:
         forward()
     finally:
@@ -83,6 +75,28 @@ def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[]
                 module.stage_point = None
     groups = {group[0]: tuple(group) for _, group in inputs}
     return [stage if stage.groups or ":" in stage.name else Stage(stage.name, (groups[stage.name],)) for stage in stages]
+
+
+def _expert_stages(
+    path: str, experts: UnfusedExperts, wanted: set[str], stages: list[Stage]
+) -> Callable[[str, dict[Group, torch.Tensor]], None]:
+    """A stage point that appends the stage it is called for, all experts listed whether or not they were chosen."""
+
+    def point(kind: str, _: dict[Group, torch.Tensor]) -> None:
+        columns = experts.names[:2] if kind == "in" else experts.names[2:]
+        groups = [tuple(f"{path}.{i}.{c}" for c in columns if f"{path}.{i}.{c}" in wanted) for i in range(experts.count)]
+        stages.append(Stage(f"{path}:{kind}", tuple(group for group in groups if group)))
+
+    return point
+
+
+def split_stages(stages: Sequence[Stage], limit: int) -> list[Stage]:
+    """Stages of at most ``limit`` groups each, so that only so many experts' statistics are alive at a time."""
+    split: list[Stage] = []
+    for stage in stages:
+        parts = [stage.groups[i : i + limit] for i in range(0, len(stage.groups), limit)]
+        split += [stage] if len(parts) <= 1 else [Stage(f"{stage.name}:{i}", part) for i, part in enumerate(parts)]
+    return split
 
 
 class StagedForward:
@@ -170,20 +184,18 @@ class StagedForward:
             handles.append(modules[path].register_forward_pre_hook(hook))
         for path, module in modules.items():
             if isinstance(module, UnfusedExperts):
-                module.stage_point = self._expert_point(path, {s.name: s for s in self._stages})
+                module.stage_point = self._expert_point(path)
         return handles
 
-    def _expert_point(self, path: str, stages: dict[str, Stage]) -> Callable[[str, dict[Group, torch.Tensor]], None]:
+    def _expert_point(self, path: str) -> Callable[[str, dict[Group, torch.Tensor]], None]:
         def point(kind: str, inputs: dict[Group, torch.Tensor]) -> None:
-            stage = stages.get(f"{path}:{kind}")
-            if stage is None or stage.name not in self._open:
-                return
-            for names, x in inputs.items():
-                group = tuple(f"{path}.{name}" for name in names)
-                for wanted in stage.groups:
-                    if set(wanted) <= set(group):
-                        self._on_input(wanted, x)
-            inputs.clear()
-            self._stop()
+            by_linear = {f"{path}.{name}": x for names, x in inputs.items() for name in names}
+            for stage in self._stages:
+                if stage.name.split(":")[:2] != [path, kind] or stage.name not in self._open:
+                    continue
+                for group in stage.groups:
+                    if group[0] in by_linear:
+                        self._on_input(group, by_linear[group[0]])
+                self._stop()
 
         return point

@@ -54,6 +54,7 @@ class _Embedding(nn.Module):
     def __init__(self, original: nn.Embedding, owner: StreamedModel, name: str) -> None:
         super().__init__()
         self._original = original
+        self._original.padding_idx = None  # matters for gradients only, and would be checked against the rows read
         self._owner = [owner]
         self._name = name
 
@@ -107,6 +108,9 @@ class StreamedModel:
         self.config = self.model.config.get_text_config()
         self.family: Family = family_of(self.config.model_type)
         self.hidden_size: int = self.config.hidden_size
+        self._renames = [
+            (old, new) for old, new in self.family.renames if any(new in name for name in checkpoint.tensors)
+        ]
         self._blocks_path, self._blocks = _find_blocks(self.model)
         for block in self._blocks:
             unfuse_experts(block, self.family.experts)
@@ -124,7 +128,7 @@ class StreamedModel:
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's name for the model's parameter or module ``name``."""
-        for old, new in self.family.renames:
+        for old, new in self._renames:
             name = name.replace(old, new)
         return name[len(self._extra_prefix) :] if name.startswith(self._extra_prefix) else self._missing_prefix + name
 
@@ -165,15 +169,15 @@ class StreamedModel:
             self._restore_buffers(module)
         if head is not None:
             name = names[head]
-            stored = self.stored_name(name) + ".weight"
+            stored = self.stored_name(f"{name}.weight")
             if stored not in self.checkpoint.tensors:
                 if not self.config.tie_word_embeddings:
                     raise CheckpointError(f"{self.checkpoint.path}: tensor {stored} is missing and not tied")
-                stored = self.stored_name(self._embedding_name) + ".weight"
+                stored = self.stored_name(f"{self._embedding_name}.weight")
             bias = self._dense(f"{name}.bias") if getattr(head, "bias", None) is not None else None
             in_head = read_dense(self.checkpoint, self.plan, stored).to(self.device)
             self._replace(name, _Head(in_head, bias, self.dtype))
-        stored = self.stored_name(self._embedding_name) + ".weight"
+        stored = self.stored_name(f"{self._embedding_name}.weight")
         self._replace(self._embedding_name, _Embedding(embedding, self, stored))
         skip = {id(p) for p in embedding.parameters()}
         for name, parameter in list(self.model.named_parameters()):
@@ -312,9 +316,7 @@ def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     config = config.get_text_config()
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, attn_implementation="sdpa", dtype=torch.float32
-            )
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
     except ValueError as error:
         raise UnsupportedError(f"{checkpoint.path}: {model_type!r} is no causal language model") from error
 

@@ -1,0 +1,258 @@
+"""Quantize one block: statistics in, solved linears and folded norms out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.checkpoint import Checkpoint
+from lowbit.codecs import Codec, read_dense
+from lowbit.errors import NumericsError
+from lowbit.formats import QuantizedTensor
+from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
+from lowbit.pipeline.recipe import ModulePlan
+from lowbit.pipeline.stages import Group, Stage, StagedForward, discover_stages, split_stages
+from lowbit.pipeline.streamed import StreamedModel
+from lowbit.quant import METHODS, InputStatistics, Method, output_error
+
+STARVED_SHARE = 0.005
+"""An expert that saw less than this share of the calibration tokens is solved without statistics."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleReport:
+    """What happened to one linear; ``error`` is the relative squared output error, None without statistics."""
+
+    name: str
+    spec: str
+    method: str
+    bits_per_weight: float
+    weights: int
+    error: float | None
+    weight_error: float
+    tokens: int
+    damping: float | None = None
+    scaled: bool = False
+    starved: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are set, for the manifest and the journal."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {key: value for key, value in values.items() if value is not None and value is not False}
+
+
+class BlockQuantizer:
+    """Quantizes the planned linears of one block while its forward runs.
+
+    ``plans`` maps names relative to the block to what is planned for them; linears without a plan stay dense.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        index: int,
+        plans: Mapping[str, ModulePlan],
+        codec: Codec,
+        calibration_tokens: int,
+    ) -> None:
+        self.model = model
+        self.index = index
+        self.block = model.load_block(index)
+        self.plans = plans
+        self.codec = codec
+        self.calibration_tokens = calibration_tokens
+        self.reports: list[ModuleReport] = []
+        self.dropped_rows = 0
+        self._statistics: dict[Group, InputStatistics] = {}
+        self._solved: dict[str, QuantizedTensor] = {}
+        self._overrides: dict[str, torch.Tensor] = {}
+        self.linears = [n for n, m in self.block.named_modules() if isinstance(m, nn.Linear)]
+
+    # ---- with calibration --------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        batches: Sequence[Callable[[], torch.Tensor]],
+        on_output: Callable[[int, torch.Tensor], None],
+        *,
+        stages: Sequence[Stage],
+        keep: bool,
+        group_limit: int,
+    ) -> None:
+        """Solve stage by stage over ``batches`` of hidden states and hand the quantized block's outputs over."""
+        wanted = [stage for stage in stages if any(name in self.plans for group in stage.groups for name in group)]
+
+        def forward(load: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+            return lambda: self.model.run_block(self.block, self.index, load())
+
+        staged = StagedForward(
+            self.block, split_stages(wanted, group_limit), [forward(load) for load in batches], keep=keep
+        )
+        staged.run(self._add_input, self._solve_stage, on_output)
+
+    def stages(self, load: Callable[[], torch.Tensor]) -> list[Stage]:
+        """The block's stages, found by one forward of one batch."""
+        return discover_stages(
+            self.block, self.linears, lambda: self.model.run_block(self.block, self.index, load()[:1])
+        )
+
+    def _add_input(self, group: Group, x: torch.Tensor) -> None:
+        if not any(name in self.plans for name in group):
+            return
+        statistics = self._statistics.get(group)
+        if statistics is None:
+            statistics = self._statistics[group] = InputStatistics(x.shape[-1], device=x.device)
+        statistics.add(x)
+
+    def _solve_stage(self, stage: Stage) -> None:
+        for group in stage.groups:
+            if any(name in self.plans for name in group):
+                self._solve_group(group, self._statistics.pop(group, None))
+
+    # ---- solving -----------------------------------------------------------------------------------------------
+
+    def solve_without_statistics(self) -> None:
+        """Solve every planned linear from its weights alone."""
+        for name in self.plans:
+            self._solve_group((name,), None)
+
+    def _solve_group(self, group: Group, statistics: InputStatistics | None) -> None:
+        planned = [name for name in group if name in self.plans]
+        tokens = 0 if statistics is None else statistics.tokens
+        if statistics is not None:
+            self.dropped_rows += statistics.nonfinite
+        needs = any(METHODS[self.plans[name].method].needs_statistics for name in planned)
+        starved = needs and tokens < max(1, STARVED_SHARE * self.calibration_tokens)
+        usable = None if starved else statistics
+        scales = self._scale(group, planned, usable) if usable is not None else None
+        if scales is not None and usable is not None:
+            usable = usable.scaled(scales)
+        shared: dict[Any, Any] = {}
+        for name in planned:
+            plan = self.plans[name]
+            method = METHODS["rtn"] if starved else METHODS[plan.method]
+            self._solve(name, plan, method, usable, scales, tokens, starved, shared)
+        for name in group:
+            if scales is not None and name not in self.plans:
+                weight = self.block.get_submodule(name).weight
+                self._overrides[f"{name}.weight"] = weight * scales
+
+    def _scale(self, group: Group, planned: list[str], statistics: InputStatistics) -> torch.Tensor | None:
+        """Search and fold an activation-aware scaling of the group's input; None where there is none."""
+        method = METHODS[self.plans[planned[0]].method]
+        target = fold_target(self.block, self.model.family, group[0])
+        if method.search_scales is None or target is None:
+            return None
+        plan = self.plans[planned[0]]
+        weights = [self.block.get_submodule(name).weight for name in planned]
+        found = method.search_scales(weights, statistics, plan.spec, plan.options)
+        if found is None:
+            return None
+        return self._fold(target, found)
+
+    def _fold(self, target: str, scales: torch.Tensor) -> torch.Tensor:
+        """Divide the producer ``target`` by ``scales``; returns the scales in effect."""
+        module = self.block.get_submodule(target)
+        if isinstance(module, nn.Linear):
+            self._divide_rows(target, module, scales)
+            return scales
+        stored = self._stored(f"{target}.weight")
+        bias = self._stored(f"{target}.bias") if getattr(module, "bias", None) is not None else None
+        weight, bias, effective = fold_into_norm(stored, bias, scales, unit_offset=has_unit_offset(module))
+        self._overrides[f"{target}.weight"] = weight
+        if bias is not None:
+            self._overrides[f"{target}.bias"] = bias
+        return effective
+
+    def _divide_rows(self, target: str, module: nn.Linear, scales: torch.Tensor) -> None:
+        if target in self._solved:
+            q = self._solved[target]
+            divided = (q.scales.float() / scales[:, None].to(q.scales.device)).to(q.scales.dtype)
+            self._solved[target] = replace(q, scales=divided)
+        else:
+            self._overrides[f"{target}.weight"] = module.weight / scales[:, None]
+        if module.bias is not None:
+            self._overrides[f"{target}.bias"] = module.bias / scales
+
+    def _solve(
+        self,
+        name: str,
+        plan: ModulePlan,
+        method: Method,
+        statistics: InputStatistics | None,
+        scales: torch.Tensor | None,
+        tokens: int,
+        starved: bool,
+        shared: dict[Any, Any],
+    ) -> None:
+        linear = self.block.get_submodule(name)
+        weight = linear.weight.float()
+        if scales is not None:
+            weight = weight * scales
+        solution = method.solve(weight, statistics, plan.spec, plan.options, shared=shared, name=name)
+        restored = solution.tensor.dequantize()
+        error = None if statistics is None else output_error(weight, restored, statistics)
+        if not bool(torch.isfinite(restored).all()):
+            raise NumericsError(f"{self.full_name(name)}: the quantized weight is not finite: try --method rtn for it")
+        difference = float((restored - weight).norm() / weight.norm().clamp_min(1e-30))
+        if scales is not None:
+            restored = restored / scales
+        linear.weight.data = restored.to(linear.weight.dtype)
+        self._solved[name] = solution.tensor
+        self.reports.append(
+            ModuleReport(
+                name=self.full_name(name),
+                spec=str(plan.spec),
+                method="rtn" if starved else plan.method,
+                bits_per_weight=solution.tensor.bits_per_weight,
+                weights=weight.numel(),
+                error=error,
+                weight_error=difference,
+                tokens=tokens,
+                damping=solution.damping,
+                scaled=scales is not None,
+                starved=starved,
+            )
+        )
+
+    # ---- output ------------------------------------------------------------------------------------------------
+
+    def full_name(self, name: str) -> str:
+        """The checkpoint's name of a module of this block."""
+        return self.model.stored_name(f"{self.model.block_names[self.index]}.{name}")
+
+    def _stored(self, name: str) -> torch.Tensor:
+        """A parameter of this block in the precision that it is kept in."""
+        stored = self.full_name(name)
+        tensor = read_dense(self.checkpoint, self.model.plan, stored)
+        info = self.checkpoint.tensors.get(stored)
+        return tensor if info is None else tensor.to(info.dtype)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source."""
+        return self.model.checkpoint
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the block as it goes to the file, by the checkpoint's names."""
+        out: dict[str, torch.Tensor] = {}
+        handled: set[str] = set()
+        for name, _ in self.block.named_parameters():
+            module, _, last = name.rpartition(".")
+            handled.add(self.full_name(name))
+            if last == "weight" and module in self._solved:
+                for local, tensor in self.codec.encode(self._solved[module]).items():
+                    out[f"{self.full_name(module)}.{local}"] = tensor.contiguous().cpu()
+                continue
+            kept = self._stored(name)
+            override = self._overrides.get(name)
+            out[self.full_name(name)] = kept if override is None else override.to("cpu", kept.dtype).contiguous()
+        for stored in self.model.block_tensor_names(self.index):
+            module, _, _ = stored.rpartition(".")
+            if stored not in handled and module not in self.model.plan:
+                out[stored] = self.checkpoint.read(stored)
+        return out
