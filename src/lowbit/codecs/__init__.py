@@ -1,0 +1,29 @@
+"""Codecs: one file per on-disk format of quantized weights, each an encode/decode pair on local tensor names."""
+
+from collections.abc import Mapping
+
+from lowbit.codecs.awq import AwqCodec
+from lowbit.codecs.codec import Codec, StoredModule, TensorHeader
+from lowbit.codecs.compressed_tensors import CompressedTensorsCodec
+from lowbit.codecs.dense import DenseCodec
+from lowbit.codecs.gptq import GptqCodec
+
+__all__ = [
+    "CODECS",
+    "AwqCodec",
+    "Codec",
+    "CompressedTensorsCodec",
+    "DenseCodec",
+    "GptqCodec",
+    "StoredModule",
+    "TensorHeader",
+]
+
+CODECS: Mapping[str, Codec] = {
+    "gptq": GptqCodec(),
+    "gptq_v2": GptqCodec(version=2),
+    "awq": AwqCodec(),
+    "compressed-tensors": CompressedTensorsCodec(),
+    "dense": DenseCodec(),
+}
+"""Formats that can be written, by the name the command line takes."""

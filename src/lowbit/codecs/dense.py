@@ -1,0 +1,56 @@
+"""Dense checkpoints: a quantized weight written out as the floats it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowbit.codecs.codec import StoredModule, TensorHeader
+from lowbit.errors import UnsupportedError
+from lowbit.formats.spec import IntSpec
+from lowbit.formats.tensor import QuantizedTensor
+
+__all__ = ["DenseCodec"]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseCodec:
+    """``weight`` in ``spec.scale_dtype``, which is the model's dtype: runs everywhere, saves no memory."""
+
+    @property
+    def name(self) -> str:
+        """``dense``."""
+        return "dense"
+
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The model's own dtype."""
+        return model_dtype
+
+    def supports(self, spec: IntSpec, shape: tuple[int, int]) -> list[str]:
+        """Anything can be written out as floats."""
+        return []
+
+    def local_names(self, spec: IntSpec) -> frozenset[str]:
+        """``weight`` alone."""
+        return frozenset(("weight",))
+
+    def encode(self, q: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """The weight, computed in float32 and rounded to the dtype of the scales."""
+        return {"weight": q.dequantize(q.spec.scale_dtype)}
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]) -> QuantizedTensor:
+        """Always raises: floats don't say which grid they came from."""
+        raise UnsupportedError("a dense weight has no quantization grid to read", ["quantize it with lowbit quantize"])
+
+    def config(
+        self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Empty: a dense checkpoint has no ``quantization_config``."""
+        return {}
+
+    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredModule]:
+        """Empty: nothing is quantized."""
+        return {}
