@@ -87,7 +87,7 @@ class Prediction:
 
     @staticmethod
     def of(logits: torch.Tensor, model: str) -> Prediction:
-        """Normalise ``logits`` ``[tokens, vocabulary]``; :class:`NumericsError` naming ``model`` if one is not finite."""
+        """Normalise ``logits`` ``[tokens, vocabulary]``; :class:`NumericsError` naming ``model`` if NaN or infinite."""
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         if bool(torch.isnan(log_probs).any()):
             raise NumericsError(f"{model}: the logits are not finite; check the checkpoint with `lowbit verify`")
