@@ -1,0 +1,370 @@
+"""Recipes: which module is quantized how. Strict: a key that means nothing is an error with a suggestion."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from lowbit.errors import UsageError
+from lowbit.formats import IntSpec, parse_spec
+
+_T = TypeVar("_T")
+
+_DENSE = re.compile(
+    r"(?:.*\.)?(?:lm_head|embed_out|output_projection|embed_\w+|wte|wpe|\w*embeddings?"
+    r"|gate|router|shared_expert_gate|score|classifier|qa_outputs)(?:\.(?:weight|linear|classifier|layer))?"
+)
+"""Left dense unless a rule says otherwise: heads, embeddings and the routers of mixtures of experts."""
+_ALWAYS_KNOWN = ("lm_head", "model.embed_tokens")
+"""Names that a skip rule may give although a model (with tied weights) has no such module."""
+_ORDERINGS = ("none", "static")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What is different for the modules whose full name matches ``pattern`` from its start (``re.match``).
+
+    ``skip`` leaves them dense; a field that is None keeps the recipe's own value.
+    """
+
+    pattern: str
+    skip: bool = False
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    method: str | None = None
+    ordering: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UsageError(f"rule {self.pattern!r}: not a regular expression ({error})") from error
+        if self.ordering is not None and self.ordering not in _ORDERINGS:
+            raise UsageError(f"rule {self.pattern!r}: ordering must be none or static, not {self.ordering!r}")
+
+    def matches(self, name: str) -> bool:
+        """Whether this rule is about the module ``name``."""
+        return re.match(self.pattern, name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A whole recipe. ``scheme`` is a preset or number format; ``bits``, ``group_size``, ``symmetric`` override it.
+
+    ``options`` are those of the method (:func:`method_options`). Of ``rules`` the first that matches a module wins.
+    """
+
+    scheme: str = "W4A16"
+    method: str = "gptq"
+    format: str = "compressed-tensors"
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    ordering: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.ordering is not None and self.ordering not in _ORDERINGS:
+            raise UsageError(f"recipe: ordering must be none or static, not {self.ordering!r}")
+
+    @property
+    def spec(self) -> IntSpec:
+        """The number format of modules that no rule speaks of."""
+        return _override(parse_spec(self.scheme), self.bits, self.group_size, self.symmetric)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file. Raises :class:`UsageError` naming the file and the key."""
+        file = Path(path)
+        try:
+            content = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        except OSError as error:
+            raise UsageError(f"recipe {file}: cannot be read ({error.strerror or error})") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"recipe {file}: not UTF-8 text") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f":{mark.line + 1}" if mark is not None else ""
+            problem = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise UsageError(f"recipe {file}{where}: not valid YAML ({problem})") from error
+        return cls.from_dict({} if content is None else content, where=f"recipe {file}")
+
+    @classmethod
+    def from_dict(cls, content: Any, *, where: str = "recipe") -> Recipe:
+        """A recipe from plain values; ``where`` leads the messages of errors.
+
+        Keys: scheme, method, format, bits, group_size, sym, ordering (or desc_act), options, skip, rules, dynamic.
+        """
+        values = _table(content, _RECIPE_KEYS, where)
+        rules = [Rule(_string(pattern, f"{where}: skip"), skip=True) for pattern in _list(values, "skip", where)]
+        for index, item in enumerate(_list(values, "rules", where)):
+            rules.append(_rule(item, f"{where}: rules[{index}]"))
+        rules += rules_from_dynamic(values.get("dynamic") or {}, where=f"{where}: dynamic")
+        options = values.get("options") or {}
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise UsageError(f"{where}: options must be a table of names and values")
+        fields = _overrides(values, where)
+        for name in ("scheme", "method", "format"):
+            if name in values:
+                fields[name] = _string(values[name], f"{where}: {name}")
+        return cls(options=dict(options), rules=tuple(rules), **fields)
+
+    def with_rules(self, rules: Iterable[Rule]) -> Recipe:
+        """The same recipe with ``rules`` before its own, as flags of the command line go before the file."""
+        return replace(self, rules=(*rules, *self.rules))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest; :meth:`from_dict` reads them back."""
+        plain: dict[str, Any] = {"scheme": self.scheme, "method": self.method, "format": self.format}
+        plain.update(_plain_overrides(self))
+        if self.options:
+            plain["options"] = dict(sorted(self.options.items()))
+        if self.rules:
+            plain["rules"] = [
+                {"pattern": rule.pattern, **({"skip": True} if rule.skip else _plain_overrides(rule))}
+                for rule in self.rules
+            ]
+        return plain
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """How one module is quantized; ``ordering`` None leaves it to the method's options."""
+
+    spec: IntSpec
+    method: str
+    ordering: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.spec} by {self.method}" + (f" with ordering {self.ordering}" if self.ordering else "")
+
+
+def resolve(
+    recipe: Recipe,
+    modules: Mapping[str, tuple[int, int]],
+    fused_groups: Iterable[Sequence[str]] = (),
+    *,
+    methods: Collection[str] | None = None,
+) -> dict[str, ModulePlan | None]:
+    """The plan of each module, None for those left dense, in the order of ``modules``.
+
+    ``modules`` maps full checkpoint names to ``(out_features, in_features)``; ``fused_groups`` names the modules that
+    engines fuse into one matrix (q, k, v; gate, up), which must agree; ``methods`` are the known ones. Raises
+    :class:`UsageError` for a rule that no module matches, an unknown method, a format that cannot be, shards that
+    disagree, and a recipe that quantizes nothing.
+    """
+    for rule in recipe.rules:
+        _check_rule(rule, modules)
+    plan: dict[str, ModulePlan | None] = {}
+    for name, (_, in_features) in modules.items():
+        plan[name] = _plan_module(recipe, name)
+        entry = plan[name]
+        if entry is None:
+            continue
+        if methods is not None and entry.method not in methods:
+            raise UsageError(f"{name}: unknown method {entry.method!r}{suggestion(entry.method, methods)}")
+        if entry.spec.group_size > in_features:
+            raise UsageError(
+                f"{name}: group size {entry.spec.group_size} exceeds its {in_features} input features: "
+                f"use at most {in_features}, or -1 (one scale per row)"
+            )
+    for group in fused_groups:
+        _check_fused([name for name in group if name in plan], plan)
+    if not any(plan.values()):
+        raise UsageError("the recipe quantizes no module: every one is skipped or left dense by default")
+    return plan
+
+
+def rules_from_dynamic(dynamic: Any, *, where: str = "dynamic") -> list[Rule]:
+    """Rules from GPTQModel's ``dynamic`` table: ``-:regex`` skips, ``+:regex`` or ``regex`` overrides, in given order.
+
+    Overrides: bits, group_size, sym, method, ordering, desc_act (only false: act order goes by ``ordering: static``).
+    """
+    if not isinstance(dynamic, Mapping):
+        raise UsageError(f"{where}: expected a table of patterns, e.g. '+:.*down_proj': {{bits: 8}}")
+    rules = []
+    for key, value in dynamic.items():
+        text = _string(key, where)
+        inside = f"{where}: {text!r}"
+        if text.startswith("-:"):
+            if value not in ({}, None, False):
+                raise UsageError(f"{inside}: a skip rule takes no settings: write it with an empty table {{}}")
+            rules.append(Rule(text[2:], skip=True))
+            continue
+        rules.append(Rule(text.removeprefix("+:"), **_overrides(_table(value or {}, _OVERRIDE_KEYS, inside), inside)))
+    return rules
+
+
+def method_options(kind: type[_T], options: Mapping[str, Any], *, where: str = "recipe: options") -> _T:
+    """An options dataclass ``kind`` filled from a recipe's ``options``; unknown names get a suggestion."""
+    if not dataclasses.is_dataclass(kind):
+        raise TypeError(f"{kind} is not a dataclass")
+    names = [item.name for item in dataclasses.fields(kind) if item.init]
+    for name in options:
+        if name not in names:
+            raise UsageError(f"{where}: unknown option {name!r}{suggestion(name, names)}")
+    return kind(**options)
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """``: did you mean 'x'?`` for the nearest of ``known``, else ``: use a, b or c``."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {close[0]!r}?" if close else f": use one of {', '.join(sorted(known))}"
+
+
+def _plan_module(recipe: Recipe, name: str) -> ModulePlan | None:
+    for rule in recipe.rules:
+        if not rule.matches(name):
+            continue
+        if rule.skip:
+            return None
+        try:
+            spec = _override(recipe.spec, rule.bits, rule.group_size, rule.symmetric)
+        except UsageError as error:
+            raise UsageError(f"rule {rule.pattern!r} for {name}: {error}") from error
+        return ModulePlan(spec, rule.method or recipe.method, rule.ordering or recipe.ordering)
+    if _DENSE.fullmatch(name):
+        return None
+    return ModulePlan(recipe.spec, recipe.method, recipe.ordering)
+
+
+def _override(spec: IntSpec, bits: int | None, group_size: int | None, symmetric: bool | None) -> IntSpec:
+    return replace(
+        spec,
+        bits=spec.bits if bits is None else bits,
+        group_size=spec.group_size if group_size is None else group_size,
+        symmetric=spec.symmetric if symmetric is None else symmetric,
+    )
+
+
+def _check_rule(rule: Rule, modules: Mapping[str, tuple[int, int]]) -> None:
+    """A rule without effect is a mistake that would cost a run: say so before it."""
+    if any(rule.matches(name) for name in modules):
+        return
+    if rule.skip and any(rule.matches(name) for name in _ALWAYS_KNOWN):
+        return
+    inside = sum(re.search(rule.pattern, name) is not None for name in modules)
+    if inside:
+        hint = f"patterns start at the beginning of the full name: '.*{rule.pattern}' would match {inside}"
+    else:
+        close = difflib.get_close_matches(rule.pattern, modules, n=1, cutoff=0.0)
+        hint = f"names look like {close[0]!r}" if close else "the model has no linear modules"
+    raise UsageError(f"rule {rule.pattern!r} matches no module: {hint}")
+
+
+def _check_fused(group: Sequence[str], plan: Mapping[str, ModulePlan | None]) -> None:
+    if len({plan[name] for name in group}) <= 1:
+        return
+    told = ", ".join(f"{name} ({plan[name] or 'dense'})" for name in group)
+    raise UsageError(f"engines fuse these modules into one, so they must be quantized alike: {told}: widen the rule")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """The table of ``node``. Raises :class:`yaml.YAMLError` for a repeated key."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable) or key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_OVERRIDE_KEYS = ("bits", "group_size", "sym", "symmetric", "method", "ordering", "desc_act")
+_RECIPE_KEYS = (*_OVERRIDE_KEYS, "scheme", "format", "options", "skip", "rules", "dynamic")
+_RULE_KEYS = (*_OVERRIDE_KEYS, "pattern", "skip")
+
+
+def _table(value: Any, keys: Collection[str], where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{where}: expected a table of {', '.join(keys)}")
+    for key in value:
+        if key not in keys:
+            raise UsageError(f"{where}: unknown key {key!r}{suggestion(str(key), keys)}")
+    return value
+
+
+def _rule(item: Any, where: str) -> Rule:
+    values = _table(item, _RULE_KEYS, where)
+    if "pattern" not in values:
+        raise UsageError(f"{where}: needs a pattern, a regular expression for full module names")
+    pattern = _string(values["pattern"], f"{where}: pattern")
+    overrides = _overrides(values, where)
+    skip = _boolean(values.get("skip", False), f"{where}: skip")
+    if skip and overrides:
+        raise UsageError(f"{where}: skip leaves the modules dense, so {next(iter(overrides))!r} has no meaning")
+    return Rule(pattern, skip=skip, **overrides)
+
+
+def _overrides(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields that a recipe and a rule share, checked and under their own names."""
+    fields: dict[str, Any] = {}
+    for name in ("bits", "group_size"):
+        if values.get(name) is not None:
+            fields[name] = _integer(values[name], f"{where}: {name}")
+    for name in ("sym", "symmetric"):
+        if values.get(name) is not None:
+            fields["symmetric"] = _boolean(values[name], f"{where}: {name}")
+    for name in ("method", "ordering"):
+        if values.get(name) is not None:
+            fields[name] = _string(values[name], f"{where}: {name}")
+    if values.get("desc_act") is not None:
+        if _boolean(values["desc_act"], f"{where}: desc_act"):
+            raise UsageError(
+                f"{where}: desc_act: true makes files that vLLM refuses: use ordering: static, "
+                "which orders the same way while solving and stores no g_idx"
+            )
+        fields.setdefault("ordering", "none")
+    return fields
+
+
+def _plain_overrides(values: Recipe | Rule) -> dict[str, Any]:
+    named = (
+        ("bits", values.bits),
+        ("group_size", values.group_size),
+        ("sym", values.symmetric),
+        ("ordering", values.ordering),
+    )
+    plain: dict[str, Any] = {name: value for name, value in named if value is not None}
+    if isinstance(values, Rule) and values.method is not None:
+        plain["method"] = values.method
+    return plain
+
+
+def _list(values: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    value = values.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UsageError(f"{where}: {key} must be a list")
+    return value
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{where}: expected text, not {value!r}")
+    return value
+
+
+def _integer(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{where}: expected a whole number, not {value!r}")
+    return value
+
+
+def _boolean(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{where}: expected true or false, not {value!r}")
+    return value
