@@ -6,7 +6,9 @@ from lowbit.codecs.awq import AwqCodec
 from lowbit.codecs.codec import Codec, StoredModule, TensorHeader
 from lowbit.codecs.compressed_tensors import CompressedTensorsCodec
 from lowbit.codecs.dense import DenseCodec
+from lowbit.codecs.fitting import fit, fitting_spec, regrid
 from lowbit.codecs.gptq import GptqCodec
+from lowbit.codecs.reading import dense_names, local_tensors, module_plan, read_dense, read_weight, stored_format
 
 __all__ = [
     "CODECS",
@@ -17,6 +19,15 @@ __all__ = [
     "GptqCodec",
     "StoredModule",
     "TensorHeader",
+    "dense_names",
+    "fit",
+    "fitting_spec",
+    "local_tensors",
+    "module_plan",
+    "read_dense",
+    "read_weight",
+    "regrid",
+    "stored_format",
 ]
 
 CODECS: Mapping[str, Codec] = {

@@ -83,17 +83,23 @@ class AwqCodec:
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]) -> QuantizedTensor:
         """Invert :meth:`encode`; a symmetric ``spec`` needs stored zero points of 8 or none."""
         rows, columns = shape
-        groups = spec.groups(columns)
         qweight = required(tensors, "qweight", (columns, rows // 8))
-        scales = required(tensors, "scales", (groups, rows)).t().contiguous()
-        zeros: torch.Tensor | None = None
-        if "qzeros" in tensors or not spec.symmetric:
-            zeros = unpack_awq(required(tensors, "qzeros", (groups, rows // 8)))
-            if spec.symmetric:
-                if not bool((zeros == spec.midpoint).all()):
-                    raise CheckpointError("qzeros are not all 8, yet the weight is said to be symmetric")
-                zeros = None
-        return QuantizedTensor(spec, unpack_awq(qweight), scales, zeros)
+        scales = required(tensors, "scales", (spec.groups(columns), rows)).t().contiguous()
+        return QuantizedTensor(spec, unpack_awq(qweight), scales, self.zero_points(tensors, spec, shape))
+
+    def zero_points(
+        self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
+    ) -> torch.Tensor | None:
+        """Zero points, stored as they are."""
+        if "qzeros" not in tensors and spec.symmetric:
+            return None
+        rows, columns = shape
+        zeros = unpack_awq(required(tensors, "qzeros", (spec.groups(columns), rows // 8)))
+        if not spec.symmetric:
+            return zeros
+        if not bool((zeros == spec.midpoint).all()):
+            raise CheckpointError("qzeros are not all 8, yet the weight is said to be symmetric")
+        return None
 
     def config(
         self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None

@@ -61,6 +61,12 @@ class Codec(Protocol):
         """Invert :meth:`encode`. Raises :class:`CheckpointError` for missing, misshapen or contradictory tensors."""
         ...
 
+    def zero_points(
+        self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
+    ) -> torch.Tensor | None:
+        """Zero points of a module (see :class:`QuantizedTensor`), without touching its codes; None when symmetric."""
+        ...
+
     def config(
         self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:

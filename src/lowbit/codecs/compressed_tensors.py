@@ -96,55 +96,51 @@ class CompressedTensorsCodec:
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]) -> QuantizedTensor:
         """Invert :meth:`encode`; also reads the packing of versions before 0.17 and int8 weights."""
-        rows, columns = shape
-        groups = spec.groups(columns)
-        scale_shape = (1, 1) if spec.group_size == PER_TENSOR else (rows, groups)
+        scale_shape = _scale_shape(spec, shape)
         if "weight_scale" not in tensors:
             raise CheckpointError("tensor weight_scale is missing: the checkpoint is incomplete, fetch it again")
         scales = tensors["weight_scale"]
         if scales.numel() != scale_shape[0] * scale_shape[1]:
             raise CheckpointError(f"tensor weight_scale has shape {tuple(scales.shape)}, expected {scale_shape}")
-        if self.storage == "int8":
-            codes, zeros = self._decode_int8(tensors, spec, shape)
-        else:
-            codes, zeros = self._decode_packed(tensors, spec, shape)
-        return QuantizedTensor(
-            spec, codes, scales.reshape(scale_shape), zeros, _group_index(tensors, spec.group_size, columns)
-        )
-
-    def _decode_packed(
-        self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows, columns = shape
-        bits = spec.bits
         if "weight_shape" in tensors and tuple(tensors["weight_shape"].tolist()) != shape:
             raise CheckpointError(
                 f"tensor weight_shape says {tensors['weight_shape'].tolist()}, expected {list(shape)}"
             )
-        packed = tensors.get("weight_packed")
-        sparse = packed is not None and packed.shape[-1] != dense_words(columns, bits)
-        count, take = (sparse_words, unpack_sparse) if sparse else (dense_words, unpack)
-        codes = take(required(tensors, "weight_packed", (rows, count(columns, bits))), bits, columns)
-        zeros: torch.Tensor | None = None
-        if not spec.symmetric:
-            expected = (count(rows, bits), spec.groups(columns))
-            zeros = take(required(tensors, "weight_zero_point", expected), bits, rows, 0)
-        return codes, zeros
+        return QuantizedTensor(
+            spec,
+            self._codes(tensors, spec, shape),
+            scales.reshape(scale_shape),
+            self.zero_points(tensors, spec, shape),
+            _group_index(tensors, spec.group_size, shape[1]),
+        )
 
-    def _decode_int8(
+    def _codes(self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]) -> torch.Tensor:
+        if self.storage == "int8":
+            return _unsigned(required(tensors, "weight", shape), spec)
+        rows, columns = shape
+        words = tensors["weight_packed"].shape[-1] if "weight_packed" in tensors else 0
+        if words == sparse_words(columns, spec.bits) != dense_words(columns, spec.bits):
+            return unpack_sparse(tensors["weight_packed"], spec.bits, columns)
+        return unpack(required(tensors, "weight_packed", (rows, dense_words(columns, spec.bits))), spec.bits, columns)
+
+    def zero_points(
         self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight = required(tensors, "weight", shape)
-        codes = _unsigned(weight, spec)
+    ) -> torch.Tensor | None:
+        """Zero points, packed along the outputs (densely or not, as their number of words says) or as int8."""
         if spec.symmetric:
-            return codes, None
-        scale_shape = (1, 1) if spec.group_size == PER_TENSOR else (shape[0], spec.groups(shape[1]))
-        if (
-            "weight_zero_point" not in tensors
-            or tensors["weight_zero_point"].numel() != scale_shape[0] * scale_shape[1]
-        ):
-            raise CheckpointError(f"tensor weight_zero_point is missing or not of shape {scale_shape}")
-        return codes, _unsigned(tensors["weight_zero_point"].to(torch.int8), spec).reshape(scale_shape)
+            return None
+        expected = _scale_shape(spec, shape)
+        found = tensors.get("weight_zero_point")
+        if found is None:
+            raise CheckpointError("tensor weight_zero_point is missing: the checkpoint is incomplete, fetch it again")
+        rows, groups = expected
+        if found.dtype == torch.int8 and found.numel() == rows * groups:
+            return _unsigned(found, spec).reshape(expected)
+        if tuple(found.shape) == (sparse_words(rows, spec.bits), groups) != (dense_words(rows, spec.bits), groups):
+            return unpack_sparse(found, spec.bits, rows, 0)
+        return unpack(
+            required(tensors, "weight_zero_point", (dense_words(rows, spec.bits), groups)), spec.bits, rows, 0
+        )
 
     def config(
         self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None
@@ -307,6 +303,10 @@ def _spec(weights: Mapping[str, Any], scale_dtype: torch.dtype | None) -> IntSpe
     if not 2 <= bits <= 8 or (strategy == "group" and size <= 0):
         raise CheckpointError(f"quantization_config: {bits} bits with group size {size} is no valid format")
     return IntSpec(bits, size, weights.get("symmetric", True) is not False, scale_dtype or torch.float16)
+
+
+def _scale_shape(spec: IntSpec, shape: tuple[int, int]) -> tuple[int, int]:
+    return (1, 1) if spec.group_size == PER_TENSOR else (shape[0], spec.groups(shape[1]))
 
 
 def _weights(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:

@@ -45,6 +45,12 @@ class DenseCodec:
         """Always raises: floats don't say which grid they came from."""
         raise UnsupportedError("a dense weight has no quantization grid to read", ["quantize it with lowbit quantize"])
 
+    def zero_points(
+        self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
+    ) -> torch.Tensor | None:
+        """None: floats have none."""
+        return None
+
     def config(
         self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:

@@ -103,26 +103,26 @@ class GptqCodec:
         any other stored value contradicts the spec. A ``g_idx`` in plain order is dropped.
         """
         rows, columns = shape
-        groups = spec.groups(columns)
         qweight = required(tensors, "qweight", (columns * spec.bits // 32, rows))
-        scales = required(tensors, "scales", (groups, rows)).t().contiguous()
-        zeros: torch.Tensor | None = None
-        if "qzeros" in tensors or not spec.symmetric:
-            packed = required(tensors, "qzeros", (groups, rows * spec.bits // 32))
-            zeros = unpack(packed, spec.bits, rows).t().contiguous()
-            if spec.symmetric:
-                if not bool(((zeros == spec.midpoint) | (zeros == spec.midpoint - 1)).all()):
-                    raise CheckpointError("qzeros are not those of a symmetric weight, yet the config says sym: true")
-                zeros = None
-            elif self.version == 1:
-                zeros = (zeros + 1) & (spec.levels - 1)
-        return QuantizedTensor(
-            spec,
-            unpack(qweight.t(), spec.bits, columns),
-            scales,
-            zeros,
-            _group_index(tensors, spec, columns),
-        )
+        scales = required(tensors, "scales", (spec.groups(columns), rows)).t().contiguous()
+        zeros = self.zero_points(tensors, spec, shape)
+        codes = unpack(qweight.t(), spec.bits, columns)
+        return QuantizedTensor(spec, codes, scales, zeros, _group_index(tensors, spec, columns))
+
+    def zero_points(
+        self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
+    ) -> torch.Tensor | None:
+        """Zero points, the minus one of version 1 undone; see :meth:`decode`."""
+        if "qzeros" not in tensors and spec.symmetric:
+            return None
+        rows, columns = shape
+        packed = required(tensors, "qzeros", (spec.groups(columns), rows * spec.bits // 32))
+        zeros = unpack(packed, spec.bits, rows).t().contiguous()
+        if not spec.symmetric:
+            return (zeros + 1) & (spec.levels - 1) if self.version == 1 else zeros
+        if not bool(((zeros == spec.midpoint) | (zeros == spec.midpoint - 1)).all()):
+            raise CheckpointError("qzeros are not those of a symmetric weight, yet the config says sym: true")
+        return None
 
     def config(
         self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None

@@ -169,12 +169,10 @@ def _pack_octets(codes: torch.Tensor, bits: int, out: torch.Tensor) -> None:
     """Eight elements fill exactly ``bits`` bytes, so every byte is an OR of shifted bytes: no wider integers needed."""
     for byte in range(bits):
         first, last = byte * 8 // bits, (byte * 8 + 7) // bits
-        total: torch.Tensor | None = None
-        for element in range(first, last + 1):
-            place = element * bits - byte * 8
-            code = codes[:, element::8]
-            shifted = code << place if place > 0 else code >> -place if place < 0 else code
-            total = shifted if total is None else total | shifted
+        place = byte * 8 - first * bits
+        total = codes[:, first::8] >> place
+        for element in range(first + 1, last + 1):
+            total |= codes[:, element::8] << (element * bits - byte * 8)
         out[:, byte::bits] = total
 
 
