@@ -6,6 +6,7 @@ import base64
 import json
 import os
 from collections.abc import Mapping
+from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,11 @@ def _cell(label: str, value: str, detail: str = "", verdict: str = "") -> dict[s
     return {"label": label, "value": value, "detail": detail, "verdict": verdict}
 
 
+def _one_digit(value: float) -> str:
+    """One significant digit without an exponent."""
+    return f"{Decimal(f'{value:.1g}'):f}"
+
+
 def _perplexity(value: float) -> str:
     return f"{value:.4g}" if value < 1000 else f"{value:,.0f}" if value < 1e9 else f"{value:.3g}"
 
@@ -202,10 +208,10 @@ def _row(entry: Candidate, comparison: Comparison, methods: list[str], has: Mapp
     error = figures.kl_divergence_error
     rise = None if figures.perplexity_ratio is None else f"({_signed(figures.perplexity_ratio - 1)})"
     cells = [
-        _cell("Bits per weight", f"{figures.linear_bits_per_weight:.3g}", f"/ {figures.bits_per_weight:.3g}"),
+        _cell("Bits per weight", f"{figures.linear_bits_per_weight:.4g}", f"/ {figures.bits_per_weight:.3g}"),
         _cell("Size", human_bytes(figures.size_bytes)),
         _cell("Perplexity", _perplexity(figures.perplexity), rise or f"± {figures.perplexity_error:.2g}"),
-        _cell("KL divergence", _figure(figures.kl_divergence, "{:.3g}"), f"± {error:.1g}" if error else ""),
+        _cell("KL divergence", _figure(figures.kl_divergence, "{:.3g}"), f"± {_one_digit(error)}" if error else ""),
         _cell("99 % of tokens below", _figure(figures.kl_p99, "{:.2g}")),
         _cell("Top-1 agreement", _figure(figures.top1_agreement, "{:.1%}").replace("%", " %")),
     ]
