@@ -16,7 +16,7 @@ from lowbit.formats import QuantizedTensor
 from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
 from lowbit.pipeline.recipe import ModulePlan
 from lowbit.pipeline.stages import Group, Stage, StagedForward, discover_stages, split_stages
-from lowbit.pipeline.streamed import StreamedModel
+from lowbit.pipeline.streamed import StreamedModel, model_dtype
 from lowbit.quant import METHODS, InputStatistics, Method, output_error
 
 STARVED_SHARE = 0.005
@@ -230,7 +230,7 @@ class BlockQuantizer:
         stored = self.full_name(name)
         tensor = read_dense(self.checkpoint, self.model.plan, stored)
         info = self.checkpoint.tensors.get(stored)
-        return tensor if info is None else tensor.to(info.dtype)
+        return tensor.to(model_dtype(self.checkpoint) if info is None else info.dtype)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -8,7 +8,8 @@ hidden states, whatever the family does in between. Blocks are materialised from
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint import Checkpoint
-from lowbit.codecs import ModulePlan, module_plan, read_dense
+from lowbit.codecs import StoredModule, module_plan, read_dense
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.pipeline.architectures import Family, family_of
 from lowbit.pipeline.experts import unfuse_experts
@@ -67,21 +68,33 @@ class _Embedding(nn.Module):
 
 
 class _Head(nn.Module):
-    """The output head in its stored precision, computed a slice of the vocabulary at a time."""
+    """The output head in its stored precision, read when first used and computed a slice of the vocabulary at a time."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, owner: StreamedModel, weight: str, bias: str | None) -> None:
         super().__init__()
-        self._stored = weight if weight.numel() > HEAD_ROWS * 1024 else weight.to(dtype)
-        self._bias = bias
-        self._dtype = dtype
+        self._owner = [owner]
+        self._names = (weight, bias)
+        self._weight: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+
+    def _load(self) -> torch.Tensor:
+        if self._weight is None:
+            owner = self._owner[0]
+            weight = read_dense(owner.checkpoint, owner.plan, self._names[0])
+            small = weight.numel() <= HEAD_ROWS * 1024
+            self._weight = weight.to(owner.device, owner.dtype if small else weight.dtype)
+            if self._names[1] is not None:
+                self._bias = read_dense(owner.checkpoint, owner.plan, self._names[1]).to(owner.device, owner.dtype)
+        return self._weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows, dtype = self._stored.shape[0], self._dtype
+        weight, dtype = self._load(), hidden.dtype
+        rows = weight.shape[0]
         logits = torch.empty(*hidden.shape[:-1], rows, dtype=dtype, device=hidden.device)
         for first in range(0, rows, HEAD_ROWS):
             last = min(first + HEAD_ROWS, rows)
             bias = None if self._bias is None else self._bias[first:last]
-            logits[..., first:last] = nn.functional.linear(hidden, self._stored[first:last].to(dtype), bias)
+            logits[..., first:last] = nn.functional.linear(hidden, weight[first:last].to(dtype), bias)
         return logits
 
 
@@ -103,7 +116,7 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.dtype = dtype
-        self.plan: dict[str, ModulePlan] = module_plan(checkpoint)
+        self.plan: dict[str, StoredModule] = module_plan(checkpoint)
         self.model = build_empty(checkpoint, trust_remote_code=trust_remote_code)
         self.config = self.model.config.get_text_config()
         self.family: Family = family_of(self.config.model_type)
@@ -115,12 +128,12 @@ class StreamedModel:
         for block in self._blocks:
             unfuse_experts(block, self.family.experts)
         self.block_names = [f"{self._blocks_path}.{i}" for i in range(len(self._blocks))]
+        self._head_name: str | None = None
         self._contexts: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._mode = ""
         self._captured: Any = None
-        taps = nn.ModuleList([_Tap(i, self, block) for i, block in enumerate(self._blocks)])
-        parent, _, last = self._blocks_path.rpartition(".")
-        setattr(self.model.get_submodule(parent), last, taps)
+        self._taps = nn.ModuleList([_Tap(i, self, block) for i, block in enumerate(self._blocks)])
+        self._install(self._taps)
         self._prepare_shell()
         self.model.eval()
 
@@ -147,6 +160,23 @@ class StreamedModel:
         else:
             raise CheckpointError(f"{self.checkpoint.path}: tensor {embedding} is missing: is the download complete?")
 
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Stored name to ``(out_features, in_features)`` of every linear inside the blocks, in execution order of blocks."""
+        return {
+            self.stored_name(f"{prefix}.{name}"): (module.out_features, module.in_features)
+            for prefix, block in zip(self.block_names, self._blocks, strict=True)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def head_names(self) -> list[str]:
+        """Stored name of the output head, whether or not it is tied to the embedding."""
+        return [] if self._head_name is None else [self.stored_name(f"{self._head_name}.weight").removesuffix(".weight")]
+
+    def shell_bytes(self) -> int:
+        """Memory that norms, position tables and the like outside the blocks take."""
+        return sum(p.numel() * p.itemsize for p in self.model.parameters() if p.device.type != "meta")
+
     def shell_names(self) -> list[str]:
         """Stored names of the tensors outside the blocks (embedding, final norm, head), and of any the model ignores."""
         prefixes = tuple(f"{self.stored_name(name)}." for name in self.block_names)
@@ -168,21 +198,37 @@ class StreamedModel:
         for module in self.model.modules():
             self._restore_buffers(module)
         if head is not None:
-            name = names[head]
-            stored = self.stored_name(f"{name}.weight")
-            if stored not in self.checkpoint.tensors:
+            self._head_name = names[head]
+            weight, bias = self.stored_name(f"{self._head_name}.weight"), self.stored_name(f"{self._head_name}.bias")
+            if not self._has(weight):
                 if not self.config.tie_word_embeddings:
-                    raise CheckpointError(f"{self.checkpoint.path}: tensor {stored} is missing and not tied")
-                stored = self.stored_name(f"{self._embedding_name}.weight")
-            bias = self._dense(f"{name}.bias") if getattr(head, "bias", None) is not None else None
-            in_head = read_dense(self.checkpoint, self.plan, stored).to(self.device)
-            self._replace(name, _Head(in_head, bias, self.dtype))
+                    raise CheckpointError(f"{self.checkpoint.path}: tensor {weight} is missing and not tied")
+                weight = self.stored_name(f"{self._embedding_name}.weight")
+            has_bias = getattr(head, "bias", None) is not None
+            self._replace(self._head_name, _Head(self, weight, bias if has_bias else None))
         stored = self.stored_name(f"{self._embedding_name}.weight")
         self._replace(self._embedding_name, _Embedding(embedding, self, stored))
         skip = {id(p) for p in embedding.parameters()}
         for name, parameter in list(self.model.named_parameters()):
             if id(parameter) not in skip and parameter.device.type == "meta":
                 self._set(self.model, name, self._dense(name))
+
+    def _install(self, blocks: nn.ModuleList) -> None:
+        parent, _, last = self._blocks_path.rpartition(".")
+        setattr(self.model.get_submodule(parent), last, blocks)
+
+    @contextmanager
+    def with_blocks(self, blocks: Sequence[nn.Module]) -> Iterator[Any]:
+        """The whole transformers model over loaded ``blocks``, for as long as the context lasts."""
+        self._install(nn.ModuleList(blocks))
+        try:
+            yield self.model
+        finally:
+            self._install(self._taps)
+
+    def _has(self, weight: str) -> bool:
+        """Whether the checkpoint holds the weight, dense or quantized."""
+        return weight in self.checkpoint.tensors or weight.removesuffix(".weight") in self.plan
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, last = name.rpartition(".")
@@ -287,6 +333,16 @@ class StreamedModel:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         with self._running("logits", hidden):
             return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that the model's dense weights are stored in: config.json's word, else that of most tensors."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    dtype = getattr(torch, str(named).removeprefix("torch."), None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    counts = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point)
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:

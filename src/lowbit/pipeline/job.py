@@ -1,0 +1,313 @@
+"""A quantization job: everything that is decided and checked before the first byte is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from lowbit import __version__
+from lowbit.calibration import CalibrationSet, load_calibration, load_tokenizer
+from lowbit.checkpoint import Checkpoint, hash_file, open_checkpoint
+from lowbit.codecs import CODECS, Codec
+from lowbit.errors import CheckpointError, UnsupportedError, UsageError
+from lowbit.formats import IntSpec
+from lowbit.pipeline.architectures import fused_groups
+from lowbit.pipeline.block import ModuleReport
+from lowbit.pipeline.recipe import ModulePlan, Recipe, Rule, resolve, suggestion
+from lowbit.pipeline.sampling import sample_from
+from lowbit.pipeline.streamed import StreamedModel, model_dtype
+from lowbit.quant import METHODS
+
+BASE_MEMORY = 700 * 2**20
+"""Resident memory of the interpreter with torch, transformers and numba loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a user can ask of :func:`lowbit.quantize`.
+
+    ``memory`` is the budget in bytes (default: half of what is free); ``calibration`` a file, preset, hub data set or
+    ``self``; ``target`` an engine such as ``vllm==0.32``.
+    """
+
+    scheme: str | None = None
+    method: str | None = None
+    format: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    ordering: str | None = None
+    calibration: str | Path | None = None
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 42
+    recipe: str | Path | Recipe | None = None
+    skip: Sequence[str] = ()
+    device: str = "auto"
+    memory: int | None = None
+    target: str | None = None
+    revision: str | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings from keyword arguments; an unknown name raises :class:`UsageError` with a suggestion."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise UsageError(f"quantize: unknown argument {name!r}{suggestion(name, names)}")
+        return cls(**values)
+
+    def resolved_recipe(self) -> Recipe:
+        """The recipe file with the flags laid over it."""
+        recipe = self.recipe if isinstance(self.recipe, Recipe) else None
+        if recipe is None:
+            recipe = Recipe.from_yaml(self.recipe) if isinstance(self.recipe, str | Path) else Recipe()
+        names = ("scheme", "method", "format", "bits", "group_size", "symmetric", "ordering")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(recipe, **given).with_rules([Rule(pattern, skip=True) for pattern in self.skip])
+
+
+@dataclass(slots=True)
+class Job:
+    """One job, ready to run."""
+
+    checkpoint: Checkpoint
+    model: StreamedModel
+    recipe: Recipe
+    codec: Codec
+    plan: dict[str, ModulePlan | None]
+    shapes: dict[str, tuple[int, int]]
+    settings: Settings
+    calibration: CalibrationSet | None
+    keep_states: bool
+    group_limit: int
+    source_hashes: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the output's bytes, so that a resumed run cannot mix two jobs."""
+        plan = {name: str(entry) for name, entry in self.plan.items()}
+        parts = [__version__, self.source_hashes, self.recipe.to_dict(), plan, self.calibration_record()]
+        parts += [str(self.model.device), str(self.model.dtype)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def specs(self) -> dict[str, IntSpec]:
+        """Quantized modules and their number formats, by the checkpoint's names."""
+        return {name: entry.spec for name, entry in self.plan.items() if entry is not None}
+
+    def left_dense(self) -> list[str]:
+        """Linear modules that stay dense, the output head among them."""
+        dense = [name for name, entry in self.plan.items() if entry is None]
+        return dense + [name for name in self.model.head_names() if name not in dense]
+
+    def block_plan(self, index: int) -> dict[str, ModulePlan]:
+        """What is planned for block ``index``, by names relative to the block."""
+        found = {}
+        for name, module in self.model.empty_block(index).named_modules():
+            if isinstance(module, nn.Linear):
+                entry = self.plan[self.model.stored_name(f"{self.model.block_names[index]}.{name}")]
+                if entry is not None:
+                    found[name] = entry
+        return found
+
+    def shell_tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors outside the blocks, read as they are written."""
+        return _Lazy(self.checkpoint, [n for n in self.model.shell_names() if n in self.checkpoint.tensors])
+
+    def prefetch(self, index: int) -> None:
+        """Ask the system to read block ``index`` ahead while another one is solved."""
+        if index >= len(self.model.block_names) or not hasattr(os, "posix_fadvise"):
+            return
+        for name in self.model.block_tensor_names(index):
+            info = self.checkpoint.tensors[name]
+            fd = os.open(info.file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, info.start, info.end - info.start, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(fd)
+
+    def details(self) -> dict[str, Any]:
+        """How the weights were made, for formats that have a place for it."""
+        return {"method": self.recipe.method, "lowbit": __version__, **dict(self.recipe.options)}
+
+    def source_record(self) -> dict[str, Any]:
+        """The source's name and hashes, for the manifest."""
+        return {"name": self.checkpoint.path.name, "weights": self.source_hashes}
+
+    def calibration_record(self) -> dict[str, Any] | None:
+        """Name, hash and size of the calibration set, for the manifest."""
+        if self.calibration is None:
+            return None
+        samples, seq_len = self.calibration.ids.shape
+        return {
+            "name": self.calibration.name,
+            "sha256": self.calibration.sha256,
+            "samples": samples,
+            "seq_len": seq_len,
+            "tokens": self.calibration.ids.numel(),
+            "seed": self.settings.seed,
+        }
+
+    def coverage(self, reports: Sequence[ModuleReport]) -> dict[str, int]:
+        """Calibration tokens that each expert saw; empty for a model without experts."""
+        return {r.name.rpartition(".")[0]: r.tokens for r in reports if ".experts." in r.name}
+
+
+class _Lazy(Mapping[str, torch.Tensor]):
+    """Tensors of a checkpoint, read when asked for and not kept."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
+        self._checkpoint = checkpoint
+        self._names = list(names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._checkpoint.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@contextmanager
+def plan_job(source: str | Path, values: Mapping[str, Any]) -> Iterator[Job]:
+    """Open ``source`` and decide everything; raises before anything is written if the job cannot work."""
+    settings = Settings.of(values)
+    recipe = settings.resolved_recipe()
+    codec = _choice(CODECS, recipe.format, "format")
+    _choice(METHODS, recipe.method, "method")
+    with open_checkpoint(
+        source,
+        revision=settings.revision,
+        allow_pickle=settings.allow_pickle,
+        trust_remote_code=settings.trust_remote_code,
+    ) as checkpoint:
+        device = _device(settings.device)
+        stored = model_dtype(checkpoint)
+        dtype = stored if device.type == "cuda" and stored is torch.bfloat16 else torch.float32
+        model = StreamedModel(checkpoint, device=device, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+        shapes = model.linear_shapes()
+        recipe_plan = resolve(recipe, shapes, fused_groups(list(shapes)), methods=METHODS)
+        scale_dtype = codec.scale_dtype(stored)
+        plan = {
+            name: None if entry is None else dataclasses.replace(entry, spec=entry.spec.with_scale_dtype(scale_dtype))
+            for name, entry in recipe_plan.items()
+        }
+        _check_formats(codec, plan, shapes)
+        hashes = _scan(checkpoint)
+        calibration = _calibration(settings, source, checkpoint, model, plan)
+        tokens = 0 if calibration is None else calibration.ids.numel()
+        budget = settings.memory or psutil.virtual_memory().available // 2
+        keep, limit, notes = _memory(model, tokens, budget)
+        if calibration is not None:
+            notes += calibration.notes
+        yield Job(
+            checkpoint, model, recipe, codec, plan, shapes, settings, calibration, keep, limit, hashes, notes
+        )
+
+
+def _choice(table: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in table:
+        raise UsageError(f"unknown {what} {name!r}{suggestion(name, table)}")
+    return table[name]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is visible to torch: use --device cpu")
+    return torch.device(name)
+
+
+def _check_formats(
+    codec: Codec, plan: Mapping[str, ModulePlan | None], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Raise :class:`UnsupportedError` naming the first module that the format cannot hold, and how many more."""
+    refused = [
+        (name, reasons)
+        for name, entry in plan.items()
+        if entry is not None and (reasons := codec.supports(entry.spec, shapes[name]))
+    ]
+    if refused:
+        name, reasons = refused[0]
+        more = f" (and {len(refused) - 1} more modules)" if len(refused) > 1 else ""
+        raise UnsupportedError(
+            f"{codec.name} cannot hold {name}{more}", [*reasons, f"or leave it dense with --skip '.*{name.rpartition('.')[2]}'"]
+        )
+
+
+def _scan(checkpoint: Checkpoint) -> dict[str, str]:
+    """Refuse weights that are not finite, and hash the source's files, both before any work is done."""
+    with ThreadPoolExecutor(1) as background:
+        paths = [checkpoint.path / "config.json", *checkpoint.files]
+        hashing = background.submit(lambda: {path.name: hash_file(path).sha256 for path in paths})
+        for name, info in checkpoint.tensors.items():
+            tensor = checkpoint.read(name)
+            # A sum is not finite if a value is not; it may also overflow, so look closer before refusing.
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+                if not bool(torch.isfinite(tensor).all()):
+                    raise CheckpointError(f"{info.file}: tensor {name} has values that are not finite (NaN, infinity)")
+        return hashing.result()
+
+
+def _calibration(
+    settings: Settings,
+    source: str | Path,
+    checkpoint: Checkpoint,
+    model: StreamedModel,
+    plan: Mapping[str, ModulePlan | None],
+) -> CalibrationSet | None:
+    if not any(entry is not None and METHODS[entry.method].needs_statistics for entry in plan.values()):
+        return None
+    limit = getattr(model.config, "max_position_embeddings", None) or settings.seq_len
+    seq_len = min(settings.seq_len, int(limit))
+    chosen = settings.calibration
+    if chosen is None and str(source) == "demo":
+        chosen = "demo"
+    memory = settings.memory or psutil.virtual_memory().available // 2
+    return load_calibration(
+        chosen,
+        load_tokenizer(checkpoint.path, trust_remote_code=settings.trust_remote_code),
+        samples=settings.samples,
+        seq_len=seq_len,
+        seed=settings.seed,
+        generate=sample_from(model, memory),
+    )
+
+
+def _memory(model: StreamedModel, tokens: int, budget: int) -> tuple[bool, int, list[str]]:
+    """Whether intermediate states of all tokens may be kept, how many groups a stage may have, and notes.
+
+    Kept per token: the block's input, a residual, a norm's output and the widest intermediate.
+    """
+    block = model.empty_block(len(model.block_names) - 1)
+    linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+    weights = sum(p.numel() for p in block.parameters()) * 4
+    widest = max(m.in_features for m in linears)
+    shell = model.shell_bytes()
+    fixed = BASE_MEMORY + weights + int(2.5 * widest * widest * 4) + shell
+    states = tokens * (3 * model.hidden_size + widest) * model.dtype.itemsize
+    limit = max(1, min(64, (budget - fixed) // (2 * widest * widest * 4)))
+    notes = []
+    if tokens and fixed > budget:
+        notes.append(f"about {fixed / 2**30:.1f} GiB are needed for one block, more than the {budget / 2**30:.1f} GiB allowed")
+    return fixed + states <= budget, int(limit), notes

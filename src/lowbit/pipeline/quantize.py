@@ -1,0 +1,224 @@
+"""Quantize a checkpoint: decide everything, check it, then stream block by block."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lowbit import __version__
+from lowbit.checkpoint import Manifest, PartialCheckpoint, read_manifest
+from lowbit.pipeline.block import BlockQuantizer, ModuleReport
+from lowbit.pipeline.job import Job, plan_job
+from lowbit.pipeline.progress import Progress, Silent
+from lowbit.pipeline.stages import Stage
+from lowbit.pipeline.store import ActivationStore
+
+TOKENS_PER_FORWARD = 2048
+"""Tokens that go through a block at a time: enough for matrix products at full rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """What :func:`quantize` wrote. Sizes in bytes, times in seconds."""
+
+    out: Path
+    format: str
+    method: str
+    scheme: str
+    modules: tuple[ModuleReport, ...]
+    linear_bits_per_weight: float
+    size_bytes: int
+    source_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    calibration: dict[str, Any] | None
+    notes: tuple[str, ...]
+
+    @property
+    def starved(self) -> tuple[str, ...]:
+        """Experts that saw too few tokens and were solved without statistics."""
+        return tuple(module.name for module in self.modules if module.starved)
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> QuantizeResult:
+    """Quantize the checkpoint ``source`` into the directory ``out``.
+
+    ``settings`` are the fields of :class:`lowbit.pipeline.job.Settings`. Nothing is written before every check has
+    passed; ``out`` appears only when it is complete. A run that was stopped goes on with ``resume`` and ends with the
+    same bytes. Raises a :class:`lowbit.errors.LowbitError` for anything that is the user's to mend.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    with plan_job(source, settings) as job, torch.no_grad():
+        with PartialCheckpoint.create(Path(out), job.fingerprint, resume=resume, overwrite=overwrite) as partial:
+            reports = _reports(Path(out)) if partial.finished else _run(job, partial, progress)
+            notes = job.notes + _notes(reports)
+            if not partial.finished:
+                _finish(job, partial, reports)
+        for note in notes:
+            progress.message(note)
+        target = Path(out)
+        weights = sum(report.weights for report in reports)
+        return QuantizeResult(
+            out=target,
+            format=job.codec.name,
+            method=job.recipe.method,
+            scheme=str(job.recipe.spec),
+            modules=tuple(reports),
+            linear_bits_per_weight=sum(r.bits_per_weight * r.weights for r in reports) / max(1, weights),
+            size_bytes=sum(file.stat().st_size for file in target.glob("*.safetensors")),
+            source_bytes=job.checkpoint.total_bytes,
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            calibration=job.calibration_record(),
+            notes=tuple(notes),
+        )
+
+
+def _run(job: Job, partial: PartialCheckpoint, progress: Progress) -> list[ModuleReport]:
+    """Stream the blocks that the journal does not have yet; returns the reports of all."""
+    reports = [ModuleReport(**record) for entry in partial.journal for record in entry.get("modules", [])]
+    done = len(partial.journal)
+    count = len(job.model.block_names)
+    progress.start(f"{job.recipe.method} {job.recipe.spec}", count)
+    stores = _stores(job, partial.scratch) if job.calibration is not None else None
+    if done == 0:
+        if stores is not None:
+            _embed(job, stores[0])
+        partial.commit_part(0, job.shell_tensors(), {"modules": []})
+        done = 1
+    stages: dict[tuple[str, ...], list[Stage]] = {}
+    for index in range(count):
+        name = job.model.stored_name(job.model.block_names[index])
+        if index + 1 < done:
+            progress.advance(name, resumed="yes")
+            continue
+        began = time.perf_counter()
+        job.prefetch(index + 1)
+        block = _quantize_block(job, index, stores, stages)
+        partial.commit_part(index + 1, block.tensors(), {"modules": [r.to_json() for r in block.reports]})
+        reports += block.reports
+        progress.advance(name, **_fields(job, block.reports, time.perf_counter() - began))
+    progress.close()
+    if stores is not None:
+        for store in stores:
+            store.close()
+    return reports
+
+
+def _reports(out: Path) -> list[ModuleReport]:
+    """The reports of a run that an earlier process finished."""
+    manifest = read_manifest(out)
+    return [] if manifest is None else [ModuleReport(name=name, **rest) for name, rest in manifest.modules.items()]
+
+
+def _stores(job: Job, scratch: Path) -> tuple[ActivationStore, ActivationStore]:
+    assert job.calibration is not None
+    samples, length = job.calibration.ids.shape
+    shape = (samples, length, job.model.hidden_size, job.model.dtype)
+    return ActivationStore(scratch / "states-0.bin", *shape), ActivationStore(scratch / "states-1.bin", *shape)
+
+
+def _batches(job: Job) -> list[tuple[int, int]]:
+    """``(first sample, samples)`` of each forward."""
+    assert job.calibration is not None
+    samples, length = job.calibration.ids.shape
+    size = max(1, TOKENS_PER_FORWARD // length)
+    return [(first, min(size, samples - first)) for first in range(0, samples, size)]
+
+
+def _embed(job: Job, store: ActivationStore) -> None:
+    assert job.calibration is not None
+    for first, count in _batches(job):
+        store.write(first, job.model.embed(job.calibration.ids[first : first + count]))
+    store.sync()
+
+
+def _quantize_block(
+    job: Job,
+    index: int,
+    stores: tuple[ActivationStore, ActivationStore] | None,
+    stages: dict[tuple[str, ...], list[Stage]],
+) -> BlockQuantizer:
+    tokens = 0 if job.calibration is None else job.calibration.ids.numel()
+    block = BlockQuantizer(job.model, index, job.block_plan(index), job.codec, tokens)
+    if stores is None:
+        block.solve_without_statistics()
+        return block
+    source, target = stores[index % 2], stores[(index + 1) % 2]
+    loads: list[Callable[[], torch.Tensor]] = [
+        lambda first=first, count=count: source.read(first, count)  # type: ignore[misc]
+        for first, count in _batches(job)
+    ]
+    kind = tuple(block.linears)
+    if kind not in stages:
+        stages[kind] = block.stages(loads[0])
+    firsts = [first for first, _ in _batches(job)]
+    block.run(
+        loads,
+        lambda batch, output: target.write(firsts[batch], output),
+        stages=stages[kind],
+        keep=job.keep_states,
+        group_limit=job.group_limit,
+    )
+    target.sync()
+    return block
+
+
+def _fields(job: Job, reports: Sequence[ModuleReport], seconds: float) -> dict[str, float | str]:
+    """What the progress bar shows beside a finished block."""
+    fields: dict[str, float | str] = {"memory": float(psutil.Process().memory_info().rss)}
+    errors = [report.error for report in reports if report.error is not None]
+    if errors:
+        fields["error"] = sum(errors) / len(errors)
+    if job.calibration is not None:
+        fields["tokens_per_second"] = job.calibration.ids.numel() / max(seconds, 1e-9)
+    return fields
+
+
+def _notes(reports: Sequence[ModuleReport]) -> list[str]:
+    notes = []
+    if starved := [report.name for report in reports if report.starved]:
+        notes.append(
+            f"{len(starved)} experts saw too few calibration tokens and were rounded without statistics "
+            f"(first: {starved[0]}): more or more varied --samples reach them"
+        )
+    if raised := [r for r in reports if r.damping is not None and r.damping > 0.0101]:
+        notes.append(f"{len(raised)} modules needed more damping than asked for (most: {max(r.damping or 0 for r in raised):.3f})")
+    if dropped := sum(report.dropped for report in reports):
+        notes.append(f"{dropped} calibration rows were not finite and were left out")
+    return notes
+
+
+def _finish(job: Job, partial: PartialCheckpoint, reports: Sequence[ModuleReport]) -> None:
+    """Write config, manifest and tokenizer, and let the output directory appear."""
+    config = {k: v for k, v in job.checkpoint.config.items() if k not in ("quantization_config", "compression_config")}
+    quantization = job.codec.config(job.specs(), job.left_dense(), details=job.details())
+    if quantization:
+        config["quantization_config"] = quantization
+    manifest = Manifest(
+        fingerprint=job.fingerprint,
+        lowbit_version=__version__,
+        source=job.source_record(),
+        recipe=job.recipe.to_dict(),
+        calibration=job.calibration_record(),
+        modules={report.name: {k: v for k, v in report.to_json().items() if k != "name"} for report in reports},
+        expert_coverage=job.coverage(reports),
+    )
+    partial.finish(config, manifest=manifest, copy_files=job.checkpoint.auxiliary_files())
+

@@ -1,0 +1,88 @@
+"""Stages are found by running the block, and a staged forward equals a plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.checkpoint import open_checkpoint
+from lowbit.pipeline.stages import Stage, StagedForward, discover_stages, split_stages
+from lowbit.pipeline.streamed import StreamedModel
+
+EXPECTED = {
+    "llama": [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}],
+    "phi": [{"q_proj", "k_proj", "v_proj", "fc1"}, {"dense"}, {"fc2"}],
+    "gpt_neox": [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}],
+    "opt": [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}],
+    "mixtral": [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"w1", "w3"}, {"w2"}],
+}
+
+
+def _block(path: Path) -> tuple[StreamedModel, nn.Module, list[str], torch.Tensor]:
+    model = StreamedModel(open_checkpoint(path))
+    block = model.load_block(0)
+    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    ids = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(1))
+    return model, block, names, model.embed(ids)
+
+
+@pytest.mark.parametrize("model_type", sorted(EXPECTED))
+def test_linears_are_grouped_by_their_input(model_type: str, checkpoint_of: Callable[[str], Path]) -> None:
+    model, block, names, hidden = _block(checkpoint_of(model_type))
+    stages = discover_stages(block, names, lambda: model.run_block(block, 0, hidden[:1]))
+    found = [{name.rpartition(".")[2] for group in stage.groups for name in group} for stage in stages]
+    assert found == EXPECTED[model_type]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_each_stage_sees_inputs_through_the_weights_solved_before(
+    model_type: str, keep: bool, checkpoint_of: Callable[[str], Path]
+) -> None:
+    """Every solved linear is halved; the inputs delivered must be those of a block halved so far, by plain hooks."""
+    model, block, names, hidden = _block(checkpoint_of(model_type))
+    stages = split_stages(discover_stages(block, names, lambda: model.run_block(block, 0, hidden[:1])), 3)
+    delivered: dict[str, list[torch.Tensor]] = {}
+    outputs: dict[int, torch.Tensor] = {}
+    solved: list[str] = []
+    forwards = [lambda i=i: model.run_block(block, 0, hidden[i : i + 1]) for i in range(4)]
+
+    def solve(stage: Stage) -> None:
+        for group in stage.groups:
+            for name in group:
+                block.get_submodule(name).weight.data.mul_(0.5)
+                solved.append(name)
+
+    with torch.no_grad():
+        StagedForward(block, stages, forwards, keep=keep).run(
+            lambda group, x: delivered.setdefault(group[0], []).append(x.clone()), solve, outputs.__setitem__
+        )
+    assert sorted(solved) == sorted(names)
+
+    plain = model.load_block(0)
+    for stage in stages:
+        seen: dict[str, list[torch.Tensor]] = {}
+        handles = [
+            plain.get_submodule(group[0]).register_forward_pre_hook(
+                lambda _, a, name=group[0]: seen.setdefault(name, []).append(a[0].clone())
+            )
+            for group in stage.groups
+        ]
+        for i in range(4):
+            model.run_block(plain, 0, hidden[i : i + 1])
+        for handle in handles:
+            handle.remove()
+        for group in stage.groups:
+            expected = [x.flatten(0, -2) for x in seen.get(group[0], [])]
+            got = [x.flatten(0, -2) for x in delivered.get(group[0], [])]
+            assert len(expected) == len(got)
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b)
+            for name in group:
+                plain.get_submodule(name).weight.data.mul_(0.5)
+    for i in range(4):
+        torch.testing.assert_close(outputs[i], model.run_block(plain, 0, hidden[i : i + 1]))
