@@ -1,3 +1,93 @@
-"""lowbit: from a Hugging Face checkpoint to a verified low-bit model."""
+"""lowbit: from a Hugging Face checkpoint to a verified low-bit model.
+
+The verbs of the command line are functions here, with typed results::
+
+    import lowbit
+
+    lowbit.quantize("demo", "demo-int4", method="gptq", bits=4)
+    print(lowbit.evaluate("demo-int4", against="demo").kl_divergence)
+
+Names are loaded on first use, so that ``import lowbit`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowbit.codecs.conversion import ConversionResult
+    from lowbit.codecs.conversion import convert_checkpoint as convert
+    from lowbit.errors import (
+        CalibrationError,
+        CheckpointError,
+        LowbitError,
+        NumericsError,
+        ResourceError,
+        UnsupportedError,
+        UsageError,
+    )
+    from lowbit.evaluation.evaluate import evaluate
+    from lowbit.evaluation.inspect import Inspection
+    from lowbit.evaluation.inspect import inspect_checkpoint as inspect
+    from lowbit.evaluation.results import Evaluation
+    from lowbit.evaluation.verify import Verification
+    from lowbit.evaluation.verify import verify_checkpoint as verify
+    from lowbit.pipeline.quantize import QuantizeResult, quantize
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "ConversionResult",
+    "Evaluation",
+    "Inspection",
+    "LowbitError",
+    "NumericsError",
+    "QuantizeResult",
+    "ResourceError",
+    "UnsupportedError",
+    "UsageError",
+    "Verification",
+    "__version__",
+    "convert",
+    "evaluate",
+    "inspect",
+    "quantize",
+    "verify",
+]
+
+_ORIGINS = {
+    "CalibrationError": ("lowbit.errors", "CalibrationError"),
+    "CheckpointError": ("lowbit.errors", "CheckpointError"),
+    "ConversionResult": ("lowbit.codecs.conversion", "ConversionResult"),
+    "Evaluation": ("lowbit.evaluation.results", "Evaluation"),
+    "Inspection": ("lowbit.evaluation.inspect", "Inspection"),
+    "LowbitError": ("lowbit.errors", "LowbitError"),
+    "NumericsError": ("lowbit.errors", "NumericsError"),
+    "QuantizeResult": ("lowbit.pipeline.quantize", "QuantizeResult"),
+    "ResourceError": ("lowbit.errors", "ResourceError"),
+    "UnsupportedError": ("lowbit.errors", "UnsupportedError"),
+    "UsageError": ("lowbit.errors", "UsageError"),
+    "Verification": ("lowbit.evaluation.verify", "Verification"),
+    "convert": ("lowbit.codecs.conversion", "convert_checkpoint"),
+    "evaluate": ("lowbit.evaluation.evaluate", "evaluate"),
+    "inspect": ("lowbit.evaluation.inspect", "inspect_checkpoint"),
+    "quantize": ("lowbit.pipeline.quantize", "quantize"),
+    "verify": ("lowbit.evaluation.verify", "verify_checkpoint"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module, attribute = _ORIGINS[name]
+    except KeyError:
+        raise AttributeError(f"module 'lowbit' has no attribute {name!r}") from None
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

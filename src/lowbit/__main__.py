@@ -1,0 +1,5 @@
+"""``python -m lowbit``: the command line."""
+
+from lowbit.cli.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,54 @@
+"""Arguments that several verbs share, and the values they parse."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from lowbit.errors import UsageError
+
+METHODS = ("gptq", "awq", "rtn")
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "dense")
+"""The names in the registries of methods and codecs, repeated here so that ``--help`` needs no torch; a test holds
+them together."""
+
+SOURCE_HELP = "a Hugging Face directory, a hub id (owner/name), or 'demo' for the model that comes with lowbit"
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """``4GiB``, ``4G``, ``500MB`` or ``1000000`` as bytes: ``GiB`` and ``G`` are binary, ``GB`` is decimal."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match["number"]) <= 0:
+        raise UsageError(f"--memory {text!r} is not a size: write e.g. 4GiB or 800MiB")
+    power = " KMGT".index(match["unit"].upper() or " ")
+    decimal = power > 0 and text.strip().upper().endswith("B") and not match["binary"]
+    return int(float(match["number"]) * (1000 if decimal else 1024) ** power)
+
+
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and ``--memory``."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: a GPU if present)"
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", type=parse_bytes, help="memory to stay within, e.g. 4GiB; the rest goes to disk"
+    )
+
+
+def add_trust_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--allow-pickle`` and ``--trust-remote-code``."""
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="also read .bin files (pickle), with torch's weights-only loader"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that comes with the checkpoint"
+    )

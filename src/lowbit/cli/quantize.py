@@ -1,0 +1,129 @@
+"""``lowbit quantize``: a checkpoint in, a quantized checkpoint out."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from lowbit.cli.options import (
+    FORMATS,
+    METHODS,
+    SOURCE_HELP,
+    add_compute_arguments,
+    add_trust_arguments,
+    positive,
+)
+from lowbit.cli.output import human_bytes, human_seconds, print_fields, write_json
+from lowbit.cli.progress import create_progress
+
+if TYPE_CHECKING:
+    from lowbit.pipeline.quantize import QuantizeResult
+
+HELP = "quantize a checkpoint, block by block, in bounded memory"
+EXAMPLES = """\
+  lowbit quantize demo demo-int4 --method gptq
+  lowbit quantize ./Qwen3-8B ./Qwen3-8B-W4A16 --calibration chats.jsonl --memory 6GiB
+  lowbit quantize ./Qwen3-8B ./Qwen3-8B-awq --method awq --format awq --asym
+  lowbit quantize ./Qwen3-8B ./out --bits 8 --group-size -1 --skip '.*down_proj' --target vllm==0.32
+  lowbit quantize ./Qwen3-8B ./out --resume          # go on after a crash or a kill"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument("out", metavar="OUT", help="directory to write; it appears when it is complete")
+    what = parser.add_argument_group("what to write")
+    what.add_argument("--scheme", help="W4A16 (default), W4A16_ASYM, W8A16 … or a number format such as int4-g128-sym")
+    what.add_argument("--method", choices=METHODS, help="how weights are rounded (default: gptq)")
+    what.add_argument("--format", choices=FORMATS, help="how they are stored (default: compressed-tensors)")
+    what.add_argument("--bits", type=int, metavar="N", help="2 to 8, overrides the scheme")
+    what.add_argument(
+        "--group-size", type=int, metavar="N", help="columns that share a scale: 32, 64, 128 …; -1 a row, 0 the matrix"
+    )
+    symmetry = what.add_mutually_exclusive_group()
+    symmetry.add_argument("--sym", dest="symmetric", action="store_true", default=None, help="no zero points")
+    symmetry.add_argument("--asym", dest="symmetric", action="store_false", help="a zero point for each scale")
+    what.add_argument(
+        "--ordering", choices=("none", "static"), help="order in which GPTQ solves columns; static stores no g_idx"
+    )
+    what.add_argument("--recipe", metavar="FILE", help="YAML recipe with rules per module; flags override it")
+    what.add_argument(
+        "--skip", metavar="REGEX", action="append", default=[], help="leave modules that match dense; may be repeated"
+    )
+    what.add_argument("--target", metavar="ENGINE", help="engine that must load the result, e.g. vllm==0.32")
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--calibration",
+        metavar="FILE|NAME|self",
+        help="text, JSONL, JSON or parquet; general, code, medical, legal or chinese; a hub data set; or text sampled "
+        "from the model itself",
+    )
+    data.add_argument("--samples", type=positive, default=128, metavar="N", help="sequences (default: 128)")
+    data.add_argument("--seq-len", type=positive, default=2048, metavar="N", help="tokens in each (default: 2048)")
+    data.add_argument("--seed", type=int, default=42, metavar="N", help="of the choice of text (default: 42)")
+    running = parser.add_argument_group("running")
+    add_compute_arguments(running)
+    again = running.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    again.add_argument("--overwrite", action="store_true", help="replace OUT and forget an interrupted run")
+    running.add_argument("--revision", help="branch, tag or commit of a hub id")
+    add_trust_arguments(running)
+    running.add_argument("--json", action="store_true", help="print the result as JSON")
+    running.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Quantize and say what was written."""
+    from lowbit.pipeline.quantize import quantize
+
+    progress = create_progress(quiet=arguments.quiet)
+    try:
+        result = quantize(
+            arguments.source,
+            arguments.out,
+            scheme=arguments.scheme,
+            method=arguments.method,
+            format=arguments.format,
+            bits=arguments.bits,
+            group_size=arguments.group_size,
+            symmetric=arguments.symmetric,
+            ordering=arguments.ordering,
+            calibration=arguments.calibration,
+            samples=arguments.samples,
+            seq_len=arguments.seq_len,
+            seed=arguments.seed,
+            recipe=arguments.recipe,
+            skip=arguments.skip,
+            device=arguments.device,
+            memory=arguments.memory,
+            target=arguments.target,
+            revision=arguments.revision,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            allow_pickle=arguments.allow_pickle,
+            trust_remote_code=arguments.trust_remote_code,
+            progress=progress,
+        )
+    finally:
+        progress.close()
+    if arguments.json:
+        write_json(result)
+    else:
+        print_fields(summary(result))
+        print(f"next: lowbit eval {result.out} --against {arguments.source}")
+    return 0
+
+
+def summary(result: QuantizeResult) -> dict[str, str]:
+    """The lines that a person wants after a run."""
+    share = result.size_bytes / result.source_bytes if result.source_bytes else 1.0
+    lines = {
+        "wrote": str(result.out),
+        "how": f"{result.method} {result.scheme}, stored as {result.format}",
+        "modules": f"{len(result.modules)} quantized, {result.linear_bits_per_weight:.3f} bits per weight in them",
+        "size": f"{human_bytes(result.size_bytes)}, {share:.0%} of the source's {human_bytes(result.source_bytes)}",
+        "time": f"{human_seconds(result.seconds)}, peak memory {human_bytes(result.peak_memory_bytes)}",
+    }
+    if result.calibration is not None:
+        lines["calibrated on"] = f"{result.calibration['name']}, {result.calibration['tokens']:,} tokens"
+    return lines
