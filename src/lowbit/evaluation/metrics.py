@@ -46,7 +46,7 @@ def cut_windows(
     token is scored. With ``stride`` it is the sliding window of the Hugging Face perplexity guide: windows begin
     every ``stride`` tokens, each text token is scored once, with up to ``seq_len - 1`` tokens before it; ``bos``
     leads the text and not each window. (The guide then weighs each window by one token too few; here every token
-    weighs the same.)
+    weighs the same.) A ``bos`` between two documents is context and never scored.
 
     Raises :class:`UsageError` for lengths that cannot work, :class:`CalibrationError` if nothing could be scored.
     """
@@ -75,7 +75,7 @@ def cut_windows(
     counted = torch.zeros(table.shape, dtype=torch.bool)
     for row, (piece, first) in enumerate(spans):
         table[row, : len(piece)] = piece
-        counted[row, first : len(piece)] = True
+        counted[row, first : len(piece)] = True if bos is None else piece[first:] != bos
     return Windows(table, counted)
 
 

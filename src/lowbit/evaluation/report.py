@@ -25,11 +25,8 @@ WORST_SHOWN = 12
 def write_report(directory: Path | str, comparison: Comparison) -> Path:
     """Write ``index.html``, ``report.json`` and a PNG per plot into ``directory`` (made if absent); returns the page.
 
-    Raises :class:`UsageError` if nothing is compared or ``directory`` is a file, :class:`ResourceError` if it cannot
-    be written.
+    Raises :class:`UsageError` if ``directory`` is a file, :class:`ResourceError` if it cannot be written.
     """
-    if not comparison.candidates:
-        raise UsageError("a report needs at least one evaluated model")
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"--report {directory}: is a file; name a directory")
@@ -86,7 +83,7 @@ def render(comparison: Comparison, plots: list[dict[str, Any]]) -> str:
         facts=_facts(entries[0].evaluation),
         has=has,
         colors={name: {method: table[method] for method in methods} for name, table in colors.items()},
-        rows=[_reference_row(comparison, has), *(_row(entry, comparison, methods, has) for entry in entries)],
+        rows=[*_reference_row(comparison, has), *(_row(entry, comparison, methods, has) for entry in entries)],
         verdicts=[
             (entry.name, verdict.message)
             for entry in entries
@@ -111,13 +108,16 @@ def lead_sentence(comparison: Comparison) -> str:
     """What the comparison shows, in a sentence or two."""
     best = best_candidate(comparison)
     if best is None:
-        return f"{len(comparison.candidates)} models measured on the same text, without a reference."
+        names = _list(
+            [f"{e.name} has perplexity {_perplexity(e.evaluation.perplexity)}" for e in comparison.candidates]
+        )
+        return f"On {comparison.candidates[0].evaluation.text}, {names}; there is no reference to compare with."
     figures = best.evaluation
-    share = figures.size_bytes / comparison.reference_size_bytes if comparison.reference_size_bytes else 1.0
-    text = (
-        f"Closest to {comparison.reference} is {best.name}: {figures.kl_divergence:.3g} nats per token away at "
-        f"{share:.0%} of its size"
-    )
+    only = len(comparison.candidates) == 1
+    text = f"{best.name} is" if only else f"Closest to {comparison.reference} is {best.name}:"
+    text += f" {figures.kl_divergence:.3g} nats per token away" + (f" from {comparison.reference}" if only else "")
+    if figures.reference_size_bytes:
+        text += f" at {figures.size_bytes / figures.reference_size_bytes:.0%} of its size"
     if figures.perplexity_ratio is not None and figures.top1_agreement is not None:
         text += (
             f", perplexity {_signed(figures.perplexity_ratio - 1)}, same first choice for "
@@ -185,11 +185,13 @@ def _figure(value: float | None, template: str) -> str:
     return "–" if value is None else template.format(value)
 
 
-def _reference_row(comparison: Comparison, has: Mapping[str, bool]) -> dict[str, Any]:
+def _reference_row(comparison: Comparison, has: Mapping[str, bool]) -> list[dict[str, Any]]:
     figures = comparison.candidates[0].evaluation
+    if figures.reference is None:
+        return []
     cells = [
-        _cell("Bits per weight", f"{comparison.reference_bits_per_weight:.2f}"),
-        _cell("Size", human_bytes(comparison.reference_size_bytes)),
+        _cell("Bits per weight", _figure(figures.reference_bits_per_weight, "{:.4g}")),
+        _cell("Size", "–" if figures.reference_size_bytes is None else human_bytes(figures.reference_size_bytes)),
         _cell(
             "Perplexity",
             "–" if figures.reference_perplexity is None else _perplexity(figures.reference_perplexity),
@@ -200,7 +202,7 @@ def _reference_row(comparison: Comparison, has: Mapping[str, bool]) -> dict[str,
         _cell("Top-1 agreement", "100 %"),
     ]
     cells += [_cell("", "") for shown in has.values() if shown]
-    return {"name": comparison.reference, "kind": "reference", "color": None, "cells": cells}
+    return [{"name": figures.reference, "kind": "reference", "color": None, "cells": cells}]
 
 
 def _row(entry: Candidate, comparison: Comparison, methods: list[str], has: Mapping[str, bool]) -> dict[str, Any]:
@@ -229,8 +231,8 @@ def _row(entry: Candidate, comparison: Comparison, methods: list[str], has: Mapp
     return {"name": entry.name, "kind": kind, "color": methods.index(entry.method), "cells": cells}
 
 
-def _sample(sample: Sample, reference: str) -> dict[str, Any]:
-    expected = sample.continuations.get(reference)
+def _sample(sample: Sample, reference: str | None) -> dict[str, Any]:
+    expected = None if reference is None else sample.continuations.get(reference)
     entries = []
     for name, text in sample.continuations.items():
         same = common_prefix(text, expected) if expected is not None and name != reference else 0

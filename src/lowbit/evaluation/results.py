@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, UsageError
 
 Level = Literal["good", "acceptable", "warning", "error"]
 
@@ -77,6 +77,8 @@ class Evaluation:
     linear_bits_per_weight: float
     size_bytes: int
     reference: str | None = None
+    reference_bits_per_weight: float | None = None
+    reference_size_bytes: int | None = None
     reference_perplexity: float | None = None
     reference_perplexity_error: float | None = None
     perplexity_ratio: float | None = None
@@ -142,15 +144,27 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Candidates measured on the same text against the same reference."""
+    """Candidates measured on the same text against the same reference.
+
+    Raises :class:`UsageError` when there are none, or when they were measured on different things.
+    """
 
     title: str
-    reference: str
-    reference_bits_per_weight: float
-    reference_size_bytes: int
     candidates: tuple[Candidate, ...]
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.candidates:
+            raise UsageError("a comparison needs at least one evaluated model")
+        basis = {(one.reference, one.text_sha256, one.tokens) for one in (e.evaluation for e in self.candidates)}
+        if len(basis) > 1:
+            raise UsageError("candidates of a comparison must be evaluated on the same text against the same reference")
+
+    @property
+    def reference(self) -> str | None:
+        """Name of the reference."""
+        return self.candidates[0].evaluation.reference
 
     def to_json(self) -> dict[str, Any]:
         """The whole comparison as plain JSON values; an infinite figure becomes null."""
