@@ -1,0 +1,172 @@
+"""Integer grids: choosing a scale and zero point per group, and rounding weights onto the grid.
+
+Everything here is plain torch on whole matrices, for any device; the loops worth compiling are in
+:mod:`lowbit.kernels`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+from lowbit.errors import NumericsError, UsageError
+from lowbit.formats.spec import PER_TENSOR, IntSpec
+from lowbit.formats.tensor import QuantizedTensor
+
+__all__ = ["RangeMethod", "choose_range", "encode", "grid", "group_extrema", "quantize", "quantize_dequantize"]
+
+RangeMethod: TypeAlias = Literal["minmax", "mse"]
+"""``minmax``: no weight is off by more than half a step (symmetric) or clipped (asymmetric).
+``mse``: a shrunk or grown range that minimises the weighted squared error, saturating the outliers."""
+
+SHRINK = tuple(1.1 - 0.05 * step for step in range(14))
+"""Factors of the minmax scale that a range search tries: 1.1 down to 0.45."""
+
+
+def group_extrema(weight: torch.Tensor, spec: IntSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(low, high)`` of each group of ``weight`` ``[out, in]``, zero always inside.
+
+    Both are ``[out, groups]``, per tensor ``[1, 1]``.     Raises :class:`NumericsError` when a weight is not finite.
+    """
+    rows, columns = weight.shape
+    if spec.group_size == PER_TENSOR:
+        low, high = torch.aminmax(weight)
+        low, high = low.reshape(1, 1), high.reshape(1, 1)
+    elif (groups := spec.groups(columns)) == 1:
+        low, high = torch.aminmax(weight, dim=1, keepdim=True)
+    else:
+        # zeros in the padding change nothing: the range includes zero in any case
+        padding = groups * spec.group_size - columns
+        padded = F.pad(weight, (0, padding)) if padding else weight
+        low, high = torch.aminmax(padded.reshape(rows, groups, spec.group_size), dim=2)
+    if not bool(torch.isfinite(high - low).all()):
+        raise NumericsError("a weight is NaN or infinite: the source checkpoint is damaged")
+    return low.clamp(max=0.0), high.clamp(min=0.0)
+
+
+def grid(low: torch.Tensor, high: torch.Tensor, spec: IntSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales (``spec.scale_dtype``) and uint8 zero points (None when symmetric) that cover ``[low, high]``.
+
+    Symmetric: the smallest step that puts neither end more than half a step outside the codes
+    ``-2**(b-1) .. 2**(b-1)-1``. Asymmetric: ``2**b - 1`` steps from ``low`` to ``high``. An empty range, and one too
+    small for the scale's dtype, gets the scale 1. Raises :class:`NumericsError` when the dtype cannot hold a scale.
+    """
+    if spec.symmetric:
+        wanted = torch.maximum(high / (spec.midpoint - 0.5), low / -(spec.midpoint + 0.5))
+    else:
+        wanted = (high - low) / (spec.levels - 1)
+    scales = round_scales(wanted, spec.scale_dtype)
+    if spec.symmetric:
+        return scales, None
+    return scales, (-low / scales.float()).round().clamp(0, spec.levels - 1).to(torch.uint8)
+
+
+def round_scales(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``scales`` rounded to ``dtype``; zeros become 1 so that no scale is ever zero.
+
+    Raises :class:`NumericsError` when one overflows ``dtype``.
+    """
+    rounded = scales.to(dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise NumericsError(f"a scale of {float(scales.max()):.3g} does not fit {dtype}: use bfloat16 scales")
+    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+
+
+def choose_range(
+    weight: torch.Tensor,
+    spec: IntSpec,
+    *,
+    method: RangeMethod = "minmax",
+    importance: torch.Tensor | None = None,
+    shrink: tuple[float, ...] = SHRINK,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zero points for ``weight`` float32 ``[out, in]``.
+
+    ``importance`` float32 ``[in]`` weighs the squared error of each column in the ``mse`` search over ``shrink``.
+    Raises :class:`NumericsError` for weights that are not finite.
+    """
+    low, high = group_extrema(weight, spec)
+    if method == "minmax":
+        return grid(low, high, spec)
+    if method != "mse":
+        raise UsageError(f"unknown range method {method!r}: use 'minmax' or 'mse'")
+    best_scales, best_zeros = grid(low, high, spec)
+    best = torch.full(low.shape, torch.inf, device=weight.device)
+    for factor in shrink:
+        scales, zeros = grid(low * factor, high * factor, spec)
+        error = (quantize_dequantize(weight, spec, scales, zeros) - weight).square_()
+        if importance is not None:
+            error *= importance
+        loss = _sum_groups(error, spec)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_scales = torch.where(better, scales, best_scales)
+        if zeros is not None and best_zeros is not None:
+            best_zeros = torch.where(better, zeros, best_zeros)
+    return best_scales, best_zeros
+
+
+def _sum_groups(values: torch.Tensor, spec: IntSpec) -> torch.Tensor:
+    """Sum of ``values`` ``[out, in]`` over each group, in the shape of the scales."""
+    if spec.group_size == PER_TENSOR:
+        return values.sum().reshape(1, 1)
+    groups = spec.groups(values.shape[1])
+    if groups == 1:
+        return values.sum(1, keepdim=True)
+    padded = F.pad(values, (0, groups * spec.group_size - values.shape[1]))
+    return padded.reshape(values.shape[0], groups, spec.group_size).sum(2)
+
+
+def _codes(
+    weight: torch.Tensor,
+    spec: IntSpec,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    group_index: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    """Float codes, and the scales and zero points that broadcast to them; ``[out, groups, size]`` if groups divide."""
+    step = scales.float()
+    zero: torch.Tensor | float = float(spec.midpoint) if zero_points is None else zero_points.float()
+    if group_index is None and spec.group_size > 0 and weight.shape[1] % spec.group_size == 0:
+        values = weight.unflatten(1, (-1, spec.group_size))
+        step = step.unsqueeze(2)
+        zero = zero.unsqueeze(2) if isinstance(zero, torch.Tensor) else zero
+    else:
+        values = weight
+        if group_index is None and spec.group_size > 0:
+            group_index = torch.arange(weight.shape[1], device=weight.device) // spec.group_size
+        if group_index is not None:
+            step = step[:, group_index.long()]
+            zero = zero[:, group_index.long()] if isinstance(zero, torch.Tensor) else zero
+    codes = torch.div(values, step).round_().add_(zero).clamp_(0, spec.levels - 1)
+    return codes, step, zero
+
+
+def encode(
+    weight: torch.Tensor,
+    spec: IntSpec,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The nearest codes, uint8 ``[out, in]``, of ``weight`` on a given grid (half-way values go to the even step)."""
+    codes, _, _ = _codes(weight, spec, scales, zero_points, group_index)
+    return codes.to(torch.uint8).reshape(weight.shape)
+
+
+def quantize_dequantize(
+    weight: torch.Tensor, spec: IntSpec, scales: torch.Tensor, zero_points: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``weight`` ``[out, in]`` rounded onto a given grid, float32; the same numbers as encode then dequantize."""
+    codes, step, zero = _codes(weight, spec, scales, zero_points, None)
+    return codes.sub_(zero).mul_(step).reshape(weight.shape)
+
+
+def quantize(
+    weight: torch.Tensor, spec: IntSpec, *, method: RangeMethod = "minmax", importance: torch.Tensor | None = None
+) -> QuantizedTensor:
+    """Round to nearest: choose the range of each group of ``weight`` float32 ``[out, in]``, then the nearest codes."""
+    scales, zero_points = choose_range(weight, spec, method=method, importance=importance)
+    return QuantizedTensor(spec, encode(weight, spec, scales, zero_points), scales, zero_points)

@@ -1,0 +1,212 @@
+"""GPTQ: quantize columns one by one, each time moving the error onto the columns not yet quantized.
+
+The output error of a row with residual ``e`` is ``e H eᵀ``, ``H`` the damped Gram matrix of the inputs. With
+``H = R Rᵀ``, ``R`` upper triangular, that is ``|e R|²``, and column ``j`` of ``e R`` involves ``e_1 .. e_j`` only: once the columns
+left of a block are done, the weights of the block that would cancel their error are
+``w + e_left R[left, block] R[block, block]⁻¹``. So one triangular factor serves, the inverse of ``H`` is never formed
+(only those of the diagonal blocks), the corrections of a block are one matrix product, and they read residuals
+instead of rewriting all columns to the right. It is the algorithm of Frantar et al. (arXiv:2210.17323), as LDLQ
+(arXiv:2307.13304) puts it: the same numbers as its inverse-Cholesky form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from lowbit.errors import NumericsError, UsageError
+from lowbit.formats.spec import PER_CHANNEL, IntSpec
+from lowbit.formats.tensor import QuantizedTensor
+from lowbit.kernels.gptq import Block, quantize_columns
+from lowbit.quant.factor import invert_upper, reverse_cholesky_
+from lowbit.quant.ranges import choose_grid, float_grid
+from lowbit.quant.solution import Solution
+from lowbit.quant.statistics import InputStatistics
+
+__all__ = ["Factor", "GptqOptions", "factorise", "solve"]
+
+
+@dataclass(frozen=True, slots=True)
+class GptqOptions:
+    """How GPTQ works.
+
+    ``damping``       share of the Gram matrix's mean diagonal added to its diagonal, in ``(0, 1]``
+    ``block_size``    columns between two matrix products
+    ``ordering``      ``none``: columns from left to right, ranges from the corrected weights as each group starts;
+                      ``static``: columns by falling mean square of their input, ranges from the original weights, so
+                      that groups stay where they are and no ``g_idx`` is needed
+    ``range_method``  how each group's range is chosen; ``mse`` weighs columns by their share in the final error
+    """
+
+    damping: float = 0.01
+    block_size: int = 128
+    ordering: Literal["none", "static"] = "none"
+    range_method: Literal["minmax", "mse"] = "mse"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.damping <= 1.0:
+            raise UsageError(f"gptq damping must be above 0 and at most 1, not {self.damping}: 0.01 is usual")
+        if self.block_size < 1:
+            raise UsageError(f"gptq block_size must be positive, not {self.block_size}: 128 is usual")
+        if self.ordering not in ("none", "static"):
+            raise UsageError(f"gptq ordering must be none or static, not {self.ordering!r}")
+        if self.range_method not in ("minmax", "mse"):
+            raise UsageError(f"gptq range_method must be minmax or mse, not {self.range_method!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """What every linear with the same input shares.
+
+    ``upper``      float32 ``[in, in]``, ``R`` of ``H = R Rᵀ`` in its upper triangle, rubbish below
+    ``dead``       bool ``[in]``: columns whose input was always zero
+    ``order``      int64 ``[in]``: column solved at each position, or None for left to right
+    ``damping``    the share that was used: the one asked for, or the first larger one that worked
+    ``precision``  dtype of the factorisation that worked
+    """
+
+    upper: torch.Tensor
+    dead: torch.Tensor
+    order: torch.Tensor | None
+    damping: float
+    precision: torch.dtype
+
+
+@torch.no_grad()
+def factorise(statistics: InputStatistics, options: GptqOptions) -> Factor:
+    """Factorise the damped Gram matrix; needs one more matrix of its size.
+
+    float32 first, then float64 at the same damping, then four times the damping until it holds. Raises
+    :class:`NumericsError` when no rows were counted or nothing up to a damping of 1 holds.
+    """
+    diagonal = statistics.diagonal
+    if statistics.tokens == 0 or not bool(torch.isfinite(diagonal).all()):
+        raise NumericsError("gptq needs finite calibration inputs and has none: give more calibration text, or use rtn")
+    dead = diagonal == 0
+    order = None
+    if options.ordering == "static":
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    mean = float(diagonal.double().mean()) or 1.0
+    damping = options.damping
+    while damping <= 1.0:
+        for precision in (torch.float32, torch.float64):
+            matrix = _ordered(statistics, order).to(precision)
+            ridge = torch.where(dead, mean, damping * mean).to(precision)
+            matrix.diagonal().add_(ridge if order is None else ridge[order])
+            if reverse_cholesky_(matrix):
+                return Factor(matrix.float(), dead, order, damping, precision)
+            del matrix
+        damping *= 4
+    raise NumericsError(f"the Gram matrix cannot be factorised even with damping {damping / 4:.3g}: use rtn here")
+
+
+def _ordered(statistics: InputStatistics, order: torch.Tensor | None) -> torch.Tensor:
+    """A copy of the Gram matrix (upper blocks suffice), rows and columns in ``order``."""
+    if order is None:
+        return statistics.upper_gram.clone()
+    gram = statistics.gram
+    permuted = torch.empty_like(gram)
+    for rows, target in zip(order.split(512), permuted.split(512), strict=True):
+        torch.index_select(gram[rows], 1, order, out=target)
+    return permuted
+
+
+@torch.no_grad()
+def solve(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: GptqOptions) -> Solution:
+    """Quantize ``weight`` float ``[out, in]`` (left unchanged). Raises :class:`NumericsError` if it is not finite."""
+    columns = weight.shape[1]
+    if factor.upper.shape[0] != columns:
+        raise NumericsError(f"weight has {columns} columns, the statistics of its input {factor.upper.shape[0]}")
+    weight = weight.to(torch.float32, copy=True)
+    weight[:, factor.dead] = 0.0
+    if spec.group_size > 0 and factor.order is None:
+        solved = _solve_growing(weight, factor, spec, options)
+    else:
+        solved = _solve_fixed(weight, factor, spec, options)
+    return Solution(solved, damping=factor.damping)
+
+
+def _solve_growing(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: GptqOptions) -> QuantizedTensor:
+    """Left to right, each group's range chosen from its corrected weights when its turn comes."""
+    rows, columns = weight.shape
+    size = spec.group_size
+    run = _Run.start(weight, factor.upper, spec)
+    one_group = replace(spec, group_size=PER_CHANNEL)
+    importance = factor.upper.diagonal().square()
+    scales: list[torch.Tensor] = []
+    zeros: list[torch.Tensor] = []
+    span = size * max(1, options.block_size // size)
+    for start in range(0, columns, span):
+        end = min(start + span, columns)
+        current = run.corrected(start, end)
+        whole = run.block(current, start)
+        for left in range(start, end, size):
+            right = min(left + size, end)
+            part = current[:, left - start : right - start]
+            step, zero = choose_grid(part, one_group, options.range_method, importance=importance[left:right])
+            scales.append(step)
+            zeros.extend([] if zero is None else [zero])
+            grid = float_grid(step, zero, spec, rows)
+            if size <= options.block_size:
+                quantize_columns(whole, *grid, left - start, right - start)
+                continue
+            for first in range(left, right, options.block_size):
+                last = min(first + options.block_size, right)
+                quantize_columns(run.block(run.corrected(first, last), first), *grid, 0, last - first)
+    return QuantizedTensor(spec, run.codes, torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None)
+
+
+def _solve_fixed(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: GptqOptions) -> QuantizedTensor:
+    """In the factor's order, all ranges chosen from the original weights beforehand."""
+    rows, columns = weight.shape
+    order = factor.order if factor.order is not None else torch.arange(columns, device=weight.device)
+    importance = torch.empty_like(weight[0])
+    importance[order] = factor.upper.diagonal().square()
+    scales, zeros = choose_grid(weight, spec, options.range_method, importance=importance)
+    grid = float_grid(scales, zeros, spec, rows)
+    groups = order // spec.group_size if spec.group_size > 0 else torch.zeros_like(order)
+    run = _Run.start(weight[:, order] if factor.order is not None else weight, factor.upper, spec)
+    for start in range(0, columns, options.block_size):
+        end = min(start + options.block_size, columns)
+        block = run.block(run.corrected(start, end), start, groups[start:end])
+        quantize_columns(block, *grid, 0, end - start)
+    codes = run.codes
+    if factor.order is not None:
+        codes = torch.empty_like(codes)
+        codes[:, order] = run.codes
+    return QuantizedTensor(spec, codes, scales, zeros)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The state of one solve: residuals left of the current block, original weights from it on, and the codes."""
+
+    residual: torch.Tensor
+    upper: torch.Tensor
+    codes: torch.Tensor
+    levels: int
+
+    @classmethod
+    def start(cls, weight: torch.Tensor, upper: torch.Tensor, spec: IntSpec) -> _Run:
+        """Takes ``weight`` over as the residual of nothing quantized."""
+        weight = weight.contiguous()
+        return cls(weight, upper, torch.empty_like(weight, dtype=torch.uint8), spec.levels)
+
+    def corrected(self, start: int, end: int) -> torch.Tensor:
+        """Columns ``start .. end`` moved to cancel the error of all columns before ``start``; float32, contiguous."""
+        if start == 0:
+            return self.residual[:, :end].clone()
+        carried = self.residual[:, :start] @ self.upper[:start, start:end]
+        inverse = invert_upper(self.upper[start:end, start:end]).float()
+        return torch.addmm(self.residual[:, start:end], carried, inverse)
+
+    def block(self, current: torch.Tensor, start: int, groups: torch.Tensor | None = None) -> Block:
+        """The kernel's view of the columns of ``current``, which begin at ``start``; one group unless told."""
+        end = start + current.shape[1]
+        inverse = invert_upper(self.upper[start:end, start:end]).float().contiguous()
+        if groups is None:
+            groups = torch.zeros(end - start, dtype=torch.int32, device=current.device)
+        groups = groups.to(torch.int32)
+        return Block(start, self.levels, current, inverse, groups, self.codes, self.residual)

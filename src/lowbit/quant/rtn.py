@@ -1,0 +1,40 @@
+"""Round to nearest: choose each group's range, then the nearest codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lowbit.errors import UsageError
+from lowbit.formats.integer import encode
+from lowbit.formats.spec import IntSpec
+from lowbit.formats.tensor import QuantizedTensor
+from lowbit.quant.ranges import RangeMethod, choose_grid
+from lowbit.quant.solution import Solution
+from lowbit.quant.statistics import InputStatistics
+
+__all__ = ["RtnOptions", "round_to_nearest"]
+
+
+@dataclass(frozen=True, slots=True)
+class RtnOptions:
+    """``range_method``: ``minmax`` and ``mse`` need no statistics (``mse`` uses them when there are some); ``gram`` is
+    AWQ's clip search and acts as ``mse`` without statistics."""
+
+    range_method: RangeMethod = "minmax"
+
+    def __post_init__(self) -> None:
+        if self.range_method not in ("minmax", "mse", "gram"):
+            raise UsageError(f"rtn range_method must be minmax, mse or gram, not {self.range_method!r}")
+
+
+@torch.no_grad()
+def round_to_nearest(
+    weight: torch.Tensor, statistics: InputStatistics | None, spec: IntSpec, options: RtnOptions
+) -> Solution:
+    """Quantize ``weight`` float ``[out, in]``. Raises :class:`NumericsError` if it is not finite."""
+    weight = weight.to(torch.float32)
+    gram = statistics.upper_gram if statistics is not None and statistics.tokens else None
+    scales, zeros = choose_grid(weight, spec, options.range_method, upper_gram=gram)
+    return Solution(QuantizedTensor(spec, encode(weight, spec, scales, zeros), scales, zeros))
