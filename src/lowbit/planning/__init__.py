@@ -1,0 +1,30 @@
+"""Planning: hardware, cost, tensor parallelism, engine rules, and the preflight that uses them all."""
+
+from lowbit.planning.cost import Prediction, Workload, predict
+from lowbit.planning.hardware import Gpu, Hardware, free_disk, measure_gemm, probe
+from lowbit.planning.modules import PlannedModule
+from lowbit.planning.parallel import ParallelPlan, tensor_parallel
+from lowbit.planning.preflight import Report, Situation, planned, preflight, round_trip
+from lowbit.planning.targets import Finding, Target, parse_target
+
+__all__ = [
+    "Finding",
+    "Gpu",
+    "Hardware",
+    "ParallelPlan",
+    "PlannedModule",
+    "Prediction",
+    "Report",
+    "Situation",
+    "Target",
+    "Workload",
+    "free_disk",
+    "measure_gemm",
+    "parse_target",
+    "planned",
+    "predict",
+    "preflight",
+    "probe",
+    "round_trip",
+    "tensor_parallel",
+]

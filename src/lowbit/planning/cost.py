@@ -1,0 +1,187 @@
+"""What quantizing will cost: seconds, peak memory and disk, from shapes and a measured GEMM rate.
+
+Operations are counted per block and divided by the rate. The counts are those of the pipeline: one staged forward,
+half of each Gram matrix, one factorisation per distinct input, one triangular correction per weight matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lowbit.planning.modules import PlannedModule, by_block, by_input
+
+BASE_BYTES = 600_000_000
+"""Resident memory of the interpreter with torch, transformers and numba loaded."""
+
+_GRAMS = 2.5
+"""Matrices of ``in * in`` floats alive while the widest input is factorised."""
+_FACTOR_SHARE = 0.4
+"""Rate of a Cholesky factorisation relative to matrix products."""
+_FORWARD_SHARE = 0.6
+"""Rate of a block's forward (thin products, softmax, norms) relative to large matrix products."""
+_ELEMENTS_PER_SECOND = 2.5e8
+"""Weights that one pass of choosing a code takes per second and processor: bound by memory, not by the GEMM rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The run to predict. Sizes in elements, ``itemsize`` bytes per activation, ``memory`` the budget in bytes.
+
+    ``experts`` and ``experts_per_token`` are 0 for a dense model; ``shell_bytes`` is what stays loaded beside the
+    block (norms, rotary tables); ``reads_per_second`` is the disk's.
+    """
+
+    samples: int
+    seq_len: int
+    hidden: int
+    heads: int = 0
+    head_dim: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    itemsize: int = 4
+    shell_bytes: int = 0
+    source_itemsize: int = 2
+    cpus: float = 1.0
+    keep_states: bool = True
+    reads_per_second: float = 1e9
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return self.samples * self.seq_len
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """``seconds`` and ``bytes_`` by part; the totals are their sums. ``scratch`` bytes go to disk while it runs."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    scratch: int = 0
+
+    @property
+    def total_seconds(self) -> float:
+        """Predicted time of the whole run."""
+        return sum(self.seconds.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of resident memory."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True, slots=True)
+class MethodCost:
+    """Work of a method on one weight ``(out, in)``: ``flops`` in products, ``passes`` over all weights."""
+
+    flops: Callable[[int, int], float]
+    passes: float
+    needs_statistics: bool = True
+    factorises: bool = False
+
+
+METHOD_COSTS: dict[str, MethodCost] = {
+    "rtn": MethodCost(lambda out, into: 0.0, 20.0, needs_statistics=False),
+    "gptq": MethodCost(lambda out, into: 3.0 * out * into * into, 22.0, factorises=True),
+    # 20 candidates of the scaling, each judged by tr(D G Dᵀ), and a clip search within groups.
+    "awq": MethodCost(lambda out, into: 42.0 * out * into * into, 60.0),
+}
+"""Cost by method; one that is not listed is taken as the dearest."""
+
+
+def predict(
+    modules: Sequence[PlannedModule],
+    fused_groups: Iterable[Sequence[str]],
+    workload: Workload,
+    gemm_flops: float,
+) -> Prediction:
+    """Time, peak memory and scratch space of quantizing ``modules`` with ``workload`` at ``gemm_flops`` FLOP/s."""
+    groups = [tuple(group) for group in fused_groups]
+    blocks = {name: members for name, members in by_block(modules).items() if name}
+    seconds = dict.fromkeys(("read", "forward", "statistics", "factorise", "solve"), 0.0)
+    calibrated = any(m.spec is not None and _cost(m).needs_statistics for m in modules)
+    for members in blocks.values():
+        for part, value in _block_seconds(members, groups, workload, gemm_flops, calibrated).items():
+            seconds[part] += value
+    return Prediction(seconds, _memory(blocks, workload, calibrated), _scratch(workload) if calibrated else 0)
+
+
+def output_bytes(modules: Iterable[PlannedModule], dense_bytes: int, dense_itemsize: int) -> int:
+    """Bytes of the finished checkpoint: modules as planned, and ``dense_bytes`` of everything else."""
+    return dense_bytes + sum(module.stored_bytes(dense_itemsize) for module in modules)
+
+
+def disk_bytes(output: int, prediction: Prediction) -> int:
+    """Free disk that a run needs: parts and their joined copy at once, and the activation store."""
+    return 2 * output + prediction.scratch
+
+
+def _cost(module: PlannedModule) -> MethodCost:
+    return METHOD_COSTS.get(module.method) or max(METHOD_COSTS.values(), key=lambda cost: cost.passes)
+
+
+def _tokens(module: PlannedModule, workload: Workload) -> float:
+    if module.is_expert and workload.experts:
+        return workload.tokens * workload.experts_per_token / workload.experts
+    return float(workload.tokens)
+
+
+def _block_seconds(
+    members: Sequence[PlannedModule],
+    groups: Sequence[Sequence[str]],
+    workload: Workload,
+    gemm_flops: float,
+    calibrated: bool,
+) -> dict[str, float]:
+    out = {"read": sum(m.weights for m in members) * workload.source_itemsize / workload.reads_per_second}
+    if calibrated:
+        flops = sum(2.0 * m.weights * _tokens(m, workload) for m in members)
+        flops += 4.0 * workload.tokens * workload.seq_len * workload.heads * workload.head_dim
+        repeats = 1.0 if workload.keep_states else (len(by_input(members, groups)) + 1) / 2
+        out["forward"] = repeats * flops / (gemm_flops * _FORWARD_SHARE)
+    statistics = factorise = solve = passes = 0.0
+    for together in by_input(members, groups):
+        planned = [m for m in together if m.spec is not None]
+        if not planned:
+            continue
+        into = planned[0].shape[1]
+        if any(_cost(m).needs_statistics for m in planned):
+            statistics += _tokens(planned[0], workload) * into**2
+        if any(_cost(m).factorises for m in planned):
+            factorise += float(into) ** 3
+        solve += sum(_cost(m).flops(*m.shape) for m in planned)
+        passes += sum(_cost(m).passes * m.weights for m in planned)
+    out["statistics"] = statistics / gemm_flops
+    out["factorise"] = factorise / (gemm_flops * _FACTOR_SHARE)
+    out["solve"] = solve / gemm_flops + passes / (_ELEMENTS_PER_SECOND * max(1.0, workload.cpus))
+    return out
+
+
+def _memory(blocks: dict[str, list[PlannedModule]], workload: Workload, calibrated: bool) -> dict[str, int]:
+    largest = max((sum(m.weights for m in members) for members in blocks.values()), default=0)
+    planned = [m for members in blocks.values() for m in members if m.spec is not None]
+    widest = max((m.shape[1] for m in planned), default=0)
+    weights = max((m.weights for m in planned), default=0)
+    memory = {
+        "base": BASE_BYTES,
+        "shell": workload.shell_bytes,
+        # Solved matrices are kept as codes, one byte a weight, until the block is written.
+        "block": largest * (workload.itemsize + 1),
+        "solver": weights * 4 * 3,
+    }
+    if calibrated:
+        memory["statistics"] = int(_GRAMS * 4 * widest**2)
+        memory["activations"] = _in_flight(workload, widest)
+    return memory
+
+
+def _in_flight(workload: Workload, widest: int) -> int:
+    """Bytes of intermediate states: a block's input, residual, norm output and widest intermediate."""
+    tokens = workload.tokens if workload.keep_states else workload.seq_len
+    return tokens * (3 * workload.hidden + widest) * workload.itemsize
+
+
+def _scratch(workload: Workload) -> int:
+    """Bytes of the two activation stores, the block's inputs and its outputs."""
+    return 2 * workload.tokens * workload.hidden * workload.itemsize
