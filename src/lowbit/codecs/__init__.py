@@ -8,7 +8,15 @@ from lowbit.codecs.compressed_tensors import CompressedTensorsCodec
 from lowbit.codecs.dense import DenseCodec
 from lowbit.codecs.fitting import fit, fitting_spec, regrid
 from lowbit.codecs.gptq import GptqCodec
-from lowbit.codecs.reading import dense_names, local_tensors, module_plan, read_dense, read_weight, stored_format
+from lowbit.codecs.reading import (
+    dense_names,
+    local_tensors,
+    module_plan,
+    read_dense,
+    read_quantized,
+    read_weight,
+    stored_format,
+)
 
 __all__ = [
     "CODECS",
@@ -25,6 +33,7 @@ __all__ = [
     "local_tensors",
     "module_plan",
     "read_dense",
+    "read_quantized",
     "read_weight",
     "regrid",
     "stored_format",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from lowbit.checkpoint import Checkpoint
 from lowbit.codecs.awq import AwqCodec
 from lowbit.codecs.codec import Codec, StoredModule
 from lowbit.codecs.compressed_tensors import CompressedTensorsCodec
@@ -14,10 +15,15 @@ from lowbit.codecs.gptq import GptqCodec
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats.tensor import QuantizedTensor
 
-if TYPE_CHECKING:
-    from lowbit.checkpoint import Checkpoint
-
-__all__ = ["dense_names", "local_tensors", "module_plan", "read_dense", "read_weight", "stored_format"]
+__all__ = [
+    "dense_names",
+    "local_tensors",
+    "module_plan",
+    "read_dense",
+    "read_quantized",
+    "read_weight",
+    "stored_format",
+]
 
 READERS: Mapping[str, Codec] = {
     "gptq": GptqCodec(),
@@ -71,8 +77,11 @@ def read_weight(
 ) -> QuantizedTensor | torch.Tensor:
     """The weight of ``module``: as it was quantized, or the stored tensor ``module.weight`` if it is dense."""
     entry = plan.get(module)
-    if entry is None:
-        return checkpoint.read(f"{module}.weight")
+    return checkpoint.read(f"{module}.weight") if entry is None else read_quantized(checkpoint, module, entry)
+
+
+def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredModule) -> QuantizedTensor:
+    """The weight of a quantized ``module``; :class:`CheckpointError` naming file and module if it cannot be decoded."""
     tensors = {local: checkpoint.read(name) for local, name in local_tensors(checkpoint, module, entry).items()}
     try:
         return entry.codec.decode(tensors, entry.spec, entry.shape)
@@ -88,8 +97,7 @@ def read_dense(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], name: s
     module = name.removesuffix(".weight")
     if module == name or module not in plan:
         return checkpoint.read(name)
-    weight = read_weight(checkpoint, plan, module)
-    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+    return read_quantized(checkpoint, module, plan[module]).dequantize()
 
 
 def dense_names(checkpoint: Checkpoint, plan: Mapping[str, StoredModule]) -> Iterator[str]:

@@ -88,7 +88,7 @@ def unpack(words: torch.Tensor, bits: int, count: int, dim: int = 1) -> torch.Te
     out = torch.empty(rows, count, dtype=torch.uint8, device=words.device)
     whole = count // 8
     for part in _slices(rows, count):
-        stream = words[part].contiguous().view(torch.uint8)
+        stream = _bytes(words[part])
         if whole:
             _unpack_octets(stream[:, : whole * bits], bits, out[part, : whole * 8])
         if tail := count - whole * 8:
@@ -158,7 +158,7 @@ def unpack_awq(words: torch.Tensor) -> torch.Tensor:
     columns, eighth = words.shape
     out = torch.empty(eighth, 8, columns, dtype=torch.uint8, device=words.device)
     for part in _slices(eighth, columns * 8):
-        stream = words[:, part].t().contiguous().view(torch.uint8).view(-1, columns, 4)
+        stream = _bytes(words[:, part].t()).view(-1, columns, 4)
         for byte in range(4):
             out[part, AWQ_ORDER[2 * byte]] = stream[:, :, byte] & 15
             out[part, AWQ_ORDER[2 * byte + 1]] = stream[:, :, byte] >> 4
@@ -184,6 +184,11 @@ def _unpack_octets(stream: torch.Tensor, bits: int, out: torch.Tensor) -> None:
         if place + bits > 8:
             code = code | (stream[:, first + 1 :: bits] << (8 - place))
         out[:, element::8] = code & mask
+
+
+def _bytes(words: torch.Tensor) -> torch.Tensor:
+    # contiguous() may keep any stride along a side of length 1, which view() then refuses; a copy does not.
+    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _slices(rows: int, elements_per_row: int) -> Iterator[slice]:
