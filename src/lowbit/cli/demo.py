@@ -157,9 +157,6 @@ def compare(models: list[Quantized], effort: Effort, progress: Progress) -> Comp
         )
     return Comparison(
         title="lowbit demo: the embedded model, quantized",
-        reference=SOURCE,
-        reference_bits_per_weight=results[0].reference_bits_per_weight or 0.0,
-        reference_size_bytes=results[0].reference_size_bytes or 0,
         candidates=tuple(candidates),
         notes=(
             f"Calibrated on {effort.samples} sequences of {effort.seq_len} tokens of the standard library's training "

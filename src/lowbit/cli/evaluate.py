@@ -115,13 +115,5 @@ def report(directory: Path, model: Path, result: Evaluation) -> Path:
         evaluation=result,
         module_errors=errors,
     )
-    return write_report(
-        directory,
-        Comparison(
-            title=f"{result.model} against {result.reference}" if result.reference else result.model,
-            reference=result.reference or "",
-            reference_bits_per_weight=result.reference_bits_per_weight or 0.0,
-            reference_size_bytes=result.reference_size_bytes or 0,
-            candidates=(candidate,),
-        ),
-    )
+    title = f"{result.model} against {result.reference}" if result.reference else result.model
+    return write_report(directory, Comparison(title=title, candidates=(candidate,)))

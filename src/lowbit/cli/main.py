@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 problems found, 2 an error of one line, 130 interrupted."""
+    """Run one command and return its exit status: 0 done, 2 an error (of one line) or damage, 130 interrupted."""
     verb = ""
     try:
         arguments = build_parser().parse_args(argv)

@@ -34,7 +34,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+def add_compute_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """``--device`` and ``--memory``."""
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: a GPU if present)"
@@ -44,7 +44,7 @@ def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_trust_arguments(parser: argparse.ArgumentParser) -> None:
+def add_trust_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """``--allow-pickle`` and ``--trust-remote-code``."""
     parser.add_argument(
         "--allow-pickle", action="store_true", help="also read .bin files (pickle), with torch's weights-only loader"

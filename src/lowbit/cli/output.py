@@ -8,10 +8,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from lowbit.evaluation.findings import Finding
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -68,6 +71,13 @@ def print_fields(fields: Mapping[str, str]) -> None:
     width = max((len(name) for name in fields), default=0)
     for name, value in fields.items():
         print(f"{name:<{width}}  {value}")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print ``severity: where: what`` lines, errors first."""
+    order = {"error": 0, "warning": 1, "note": 2}
+    for finding in sorted(findings, key=lambda finding: order.get(finding.severity, 3)):
+        print(f"{finding.severity}: {finding.where}: {finding.message}")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, emphasis: Sequence[int] = ()) -> None:

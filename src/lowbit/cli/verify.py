@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from lowbit.cli.output import write_json
+from lowbit.cli.options import SOURCE_HELP, add_trust_arguments
+from lowbit.cli.output import print_findings, write_json
+from lowbit.cli.progress import create_progress
 
 HELP = "check a checkpoint's hashes, headers, shapes, scales and codes"
 EXAMPLES = """\
@@ -14,15 +16,33 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("path", metavar="PATH", help="directory of the checkpoint")
+    parser.add_argument("path", metavar="PATH", help=SOURCE_HELP)
+    add_trust_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the findings; the exit status is 1 if one is an error."""
+    """Print the findings; the exit status is 2 if one is an error."""
     from lowbit.evaluation.verify import verify_checkpoint
 
-    result = verify_checkpoint(arguments.path)
+    progress = create_progress(quiet=arguments.quiet)
+    try:
+        result = verify_checkpoint(
+            arguments.path,
+            allow_pickle=arguments.allow_pickle,
+            trust_remote_code=arguments.trust_remote_code,
+            progress=progress,
+        )
+    finally:
+        progress.close()
     if arguments.json:
         write_json(result)
-    return 0
+        return 0 if result.ok else 2
+    print_findings(result.findings)
+    verdict = "whole" if result.ok else "DAMAGED"
+    print(
+        f"{verdict}: {result.path}: {result.files} files hashed, {result.tensors} tensors and "
+        f"{result.modules} quantized modules checked"
+    )
+    return 0 if result.ok else 2
