@@ -26,10 +26,11 @@ _ELEMENTS_PER_SECOND = 2.5e8
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The run to predict. Sizes in elements, ``itemsize`` bytes per activation, ``memory`` the budget in bytes.
+    """The run to predict. ``itemsize`` bytes per activation and computed weight, ``source_itemsize`` per stored one.
 
     ``experts`` and ``experts_per_token`` are 0 for a dense model; ``shell_bytes`` is what stays loaded beside the
-    block (norms, rotary tables); ``reads_per_second`` is the disk's.
+    block; ``keep_states`` says that intermediate states of all tokens stay in memory, or else that batches run again
+    from the block's input for every stop; ``reads_per_second`` is the disk's rate in bytes.
     """
 
     samples: int
@@ -54,7 +55,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """``seconds`` and ``bytes_`` by part; the totals are their sums. ``scratch`` bytes go to disk while it runs."""
+    """Seconds and bytes by part; the totals are their sums. ``scratch`` bytes of disk are used while it runs."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)

@@ -71,7 +71,8 @@ def preflight(situation: Situation) -> Report:
         placement = Placement(situation.modules, situation.codec.name, situation.head_dim, situation.hardware)
         findings += check_target(situation.target, placement)
     parallel = tensor_parallel(quantized, situation.heads, situation.kv_heads, _degrees(situation.tensor_parallel))
-    findings += _parallel_findings(parallel.largest, parallel.obstacles, situation.tensor_parallel)
+    if quantized:
+        findings += _parallel_findings(parallel.largest, parallel.obstacles, situation.tensor_parallel)
     size = output_bytes(situation.modules, situation.dense_bytes, situation.dense_itemsize)
     prediction = None
     if situation.workload is not None and situation.gemm_flops > 0:

@@ -1,4 +1,4 @@
-"""Engines that a checkpoint is meant for, and what each takes; the release a rule was read or measured in stands by it."""
+"""Engines that a checkpoint is meant for, and what each takes, by the release it was read or measured in."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def parse_target(text: str) -> Target:
     match = _TARGET.fullmatch(text.strip().lower())
     engine = match["engine"] if match else text
     if match is None or engine not in ENGINES:
-        close = difflib.get_close_matches(engine, ENGINES, n=1)
+        close = difflib.get_close_matches(engine, ENGINES, n=1, cutoff=0.7)
         hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(ENGINES)}, e.g. vllm==0.32"
         raise UsageError(f"--target {text}: unknown engine: {hint}")
     return Target(engine, tuple(int(part) for part in (match["version"] or "").split(".") if part))
