@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from lowbit.errors import CheckpointError
 __all__ = ["ModelDescription"]
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_HEADS = ("lm_head.", "embed_out.", "output.")
 _UNTIED_BY_DEFAULT = frozenset(
     {"gpt_neox", "phi", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "phi3"}
 )
@@ -61,7 +61,7 @@ class ModelDescription:
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], tensor_names: Container[str] = (), *, where: str = "config.json"
+        cls, config: Mapping[str, Any], tensor_names: Collection[str] = (), *, where: str = "config.json"
     ) -> ModelDescription:
         """Read a ``config.json``; ``tensor_names`` settles whether the head is tied where the config leaves it open.
 
@@ -124,7 +124,9 @@ class _Fields:
             value = self.values.get(name)
             if value is None:
                 continue
-            if type(value) is not int or value < 0 or (value == 0 and default is None):
+            if type(value) is int and value < 0 and default is not None:
+                return default
+            if type(value) is not int or (value <= 0 and default is None):
                 raise CheckpointError(f"{self.where}: {name} must be a positive whole number, not {value!r:.80}")
             return value
         if default is None:
@@ -155,10 +157,10 @@ class _Fields:
             return 0
         return self.number("sliding_window", default=0)
 
-    def tied(self, model_type: str, tensor_names: Container[str]) -> bool:
+    def tied(self, model_type: str, tensor_names: Collection[str]) -> bool:
         stated = self.values.get("tie_word_embeddings")
         if isinstance(stated, bool):
             return stated
-        if any(name in tensor_names for name in _HEADS):
-            return False
+        if tensor_names:
+            return not any(name.startswith(_HEADS) for name in tensor_names)
         return model_type not in _UNTIED_BY_DEFAULT

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,15 +56,18 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """``object_pairs_hook`` that refuses an object naming a key twice (ValueError)."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} appears twice")
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} appears twice")
     return result
 
 
-def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parse UTF-8 JSON whose top level is an object; :class:`CheckpointError` naming ``where`` otherwise."""
+def parse_json_object(data: bytes, where: str, *, unique: bool = False) -> dict[str, Any]:
+    """Parse UTF-8 JSON whose top level is an object; :class:`CheckpointError` naming ``where`` otherwise.
+
+    ``unique`` refuses an object that names a key twice, which JSON readers resolve differently.
+    """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys if unique else None)
     except RecursionError as error:
         raise CheckpointError(f"{where}: JSON nested too deeply") from error
     except ValueError as error:
@@ -73,7 +77,7 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, *, unique: bool = False) -> dict[str, Any]:
     """The JSON object in ``path``; :class:`CheckpointError` if missing, unreadable or not an object."""
     try:
         data = path.read_bytes()
@@ -81,7 +85,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return parse_json_object(data, str(path))
+    return parse_json_object(data, str(path), unique=unique)
 
 
 def dump_json(value: object, *, allow_nan: bool = True) -> bytes:
@@ -102,15 +106,15 @@ def sync_directory(path: Path) -> None:
 def disk_errors(path: Path, needed: int, way_out: str) -> Iterator[None]:
     """Turn an OSError while writing ``path`` into a :class:`ResourceError`.
 
-    ``needed`` is the full size in bytes of what is being written; the message says how much of it does not fit, and
-    ends with ``way_out``.
+    ``needed`` is the full size in bytes of what is being written; where the disk is full, the message says how much of
+    it does not fit and ends with ``way_out``.
     """
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise ResourceError(f"{path}: {_shortage(path, needed)}; {way_out}") from error
-        raise ResourceError(f"{path}: cannot be written: {error.strerror or error}; {way_out}") from error
+        raise ResourceError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _shortage(path: Path, needed: int) -> str:

@@ -72,7 +72,7 @@ def locate(
 
 
 def _download(name: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -83,6 +83,8 @@ def _download(name: str, revision: str | None, allow_pickle: bool, trust_remote_
         RevisionNotFoundError,
     )
 
+    # the HTTP library below differs between releases of huggingface_hub; all of them name its base error so
+    transport_error: type[Exception] = getattr(errors, "HTTPError", ConnectionError)
     patterns = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
     what = f"{name!r} is no local directory, and"
     try:
@@ -103,7 +105,7 @@ def _download(name: str, revision: str | None, allow_pickle: bool, trust_remote_
         raise CheckpointError(f"{name!r}: the hub model has no revision {revision!r}") from error
     except HFValidationError as error:
         raise CheckpointError(f"{what} it is no valid hub id (organisation/model)") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, transport_error, ConnectionError) as error:
         raise CheckpointError(
             f"{what} the hub cannot be reached: go online (unset HF_HUB_OFFLINE), or copy the model's files into a "
             "directory and name that"
@@ -182,7 +184,7 @@ def _merged(path: Path, names: list[str]) -> WeightFiles:
 
 def _indexed(path: Path, index_name: str) -> WeightFiles:
     index = path / index_name
-    weight_map = read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be an object of tensor names and file names")
     headers: dict[str, dict[str, TensorInfo]] = {}

@@ -102,7 +102,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorInfo], di
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(data) != length:
         raise CheckpointError(f"{path}: truncated inside its header; download it again")
-    entries = parse_json_object(data, f"{path}: header")
+    entries = parse_json_object(data, f"{path}: header", unique=True)
     metadata = _read_metadata(entries.pop("__metadata__", None), path)
     base = 8 + length
     tensors = sorted(

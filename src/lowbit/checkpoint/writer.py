@@ -42,7 +42,7 @@ from lowbit.checkpoint.files import (
 )
 from lowbit.checkpoint.manifest import MANIFEST_NAME, Manifest, write_manifest
 from lowbit.checkpoint.safetensors import TensorInfo, layout, read_header, read_tensor, write_safetensors
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.errors import CheckpointError, ResourceError, UsageError
 
 __all__ = ["PartialCheckpoint", "partial_path"]
 
@@ -56,7 +56,7 @@ _VERSION = 1
 
 def partial_path(out: Path) -> Path:
     """The working directory that belongs to ``out``."""
-    out = out.absolute()
+    out = out.resolve()
     return out.with_name(out.name + ".partial")
 
 
@@ -68,9 +68,10 @@ class PartialCheckpoint:
     ``finished``  True when an earlier process already committed this very run: there is nothing left to do
     """
 
-    def __init__(self, out: Path, directory: Path, lock: int, *, overwrite: bool, finished: bool) -> None:
+    def __init__(self, out: Path, fingerprint: str, lock: int, *, overwrite: bool, finished: bool) -> None:
         self.out = out
-        self.directory = directory
+        self.directory = partial_path(out)
+        self.fingerprint = fingerprint
         self.journal: list[dict[str, Any]] = []
         self.finished = finished
         self._lock = lock
@@ -80,29 +81,38 @@ class PartialCheckpoint:
     def create(cls, out: Path, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> PartialCheckpoint:
         """Start or, with ``resume``, go on with the run ``fingerprint`` towards ``out``.
 
+        A run that an earlier process committed is recognised by its leavings or by the fingerprint in ``out``'s
+        manifest; then ``finished`` is true and only :meth:`finish` (which tidies up) is left to call.
+
         Raises :class:`UsageError` if ``out`` exists and is not empty (``--overwrite``), if an unfinished run is there
         (``--resume``, ``--overwrite``), is another one (``--overwrite``) or is being worked on by another process.
         """
-        out = out.absolute()
+        out = out.resolve()
+        if out.is_mount():
+            raise UsageError(f"{out}: is a mount point, which no rename can replace: name a directory inside it")
         directory = partial_path(out)
-        if resume and not directory.exists() and _is_result_of(out, fingerprint):
-            return cls(out, directory, -1, overwrite=overwrite, finished=True)
-        known = _read_run(directory)
-        matches = known is not None and known["fingerprint"] == fingerprint
+        run = _read_run(directory)
+        matches = run is not None and run["fingerprint"] == fingerprint
+        committed = run is not None and _is_committed(out, directory)
+        if resume and ((committed and matches) or (run is None and _is_result_of(out, fingerprint))):
+            with disk_errors(directory, 0, _WAY_OUT):
+                lock = _lock(directory) if directory.exists() else -1
+            return cls(out, fingerprint, lock, overwrite=overwrite, finished=True)
         goes_on = resume and matches
-        _check_out(out, directory, allowed=overwrite or (goes_on and (known or {}).get("overwrite") is True))
-        if known is not None and not goes_on and not overwrite:
+        overwrite = overwrite or (goes_on and run is not None and run.get("overwrite") is True)
+        _check_out(out, allowed=overwrite)
+        if run is not None and not (goes_on or overwrite or committed):
             raise UsageError(_unfinished(directory, resume))
         with disk_errors(directory / "run.json", 4096, _WAY_OUT):
             directory.mkdir(parents=True, exist_ok=True)
-            lock = _lock(directory)
-            overwrite = overwrite or (goes_on and (known or {}).get("overwrite") is True)
-            partial = cls(out, directory, lock, overwrite=overwrite, finished=False)
+            partial = cls(out, fingerprint, _lock(directory), overwrite=overwrite, finished=False)
             try:
+                if _read_run(directory) != run:
+                    raise UsageError(f"{directory}: another lowbit process was working here: run again")
                 if goes_on:
                     partial._go_on()
                 else:
-                    partial._start(fingerprint)
+                    partial._start()
             except BaseException:
                 partial.close()
                 raise
@@ -126,7 +136,8 @@ class PartialCheckpoint:
     def scratch(self) -> Path:
         """A directory for the caller's own files; kept for ``--resume``, deleted by :meth:`finish`."""
         path = self.directory / "scratch"
-        path.mkdir(exist_ok=True)
+        with disk_errors(path, 4096, _WAY_OUT):
+            path.mkdir(exist_ok=True)
         return path
 
     def commit_part(self, index: int, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
@@ -186,11 +197,15 @@ class PartialCheckpoint:
         final = self.directory / "final"
         if not marker.exists():
             _remove(final)
-            with disk_errors(final, 4096, _WAY_OUT):
-                final.mkdir()
-            self._assemble(final, config, extra_json or {}, copy_files, max_shard_bytes, manifest, progress)
-            sync_directory(final)
-            write_json(marker, {}, _WAY_OUT)
+            try:
+                with disk_errors(final, 4096, _WAY_OUT):
+                    final.mkdir()
+                self._assemble(final, config, extra_json or {}, copy_files, max_shard_bytes, manifest, progress)
+                sync_directory(final)
+                write_json(marker, self._run(), _WAY_OUT)
+            except ResourceError:
+                _remove(final)
+                raise
         self._commit(final)
         self.finished = True
         self._clean_up()
@@ -199,14 +214,17 @@ class PartialCheckpoint:
     def _parts(self) -> Path:
         return self.directory / "parts"
 
-    def _start(self, fingerprint: str) -> None:
+    def _run(self) -> dict[str, Any]:
+        return {"version": _VERSION, "fingerprint": self.fingerprint, "overwrite": self._overwrite}
+
+    def _start(self) -> None:
         """Make the directory an empty run. The old journal goes first: without it, old parts mean nothing."""
-        self._restore_replaced()
+        if not _is_committed(self.out, self.directory):
+            self._restore_replaced()
         for name in ("committing", "journal.jsonl"):
             (self.directory / name).unlink(missing_ok=True)
         sync_directory(self.directory)
-        run = {"version": _VERSION, "fingerprint": fingerprint, "overwrite": self._overwrite}
-        write_json(self.directory / "run.json", run, _WAY_OUT)
+        write_json(self.directory / "run.json", self._run(), _WAY_OUT)
         for name in ("final", "parts", "scratch", "replaced"):
             _remove(self.directory / name)
         self._parts.mkdir()
@@ -216,11 +234,9 @@ class PartialCheckpoint:
 
     def _go_on(self) -> None:
         """Take over the state on disk."""
-        if (self.directory / "committing").exists():
-            if not (self.directory / "final").exists():
-                self.finished = True
-                return
-            self._restore_replaced()
+        self._restore_replaced()
+        if not (self.directory / "final").exists():
+            (self.directory / "committing").unlink(missing_ok=True)
         self._parts.mkdir(exist_ok=True)
         for path in self._parts.glob(f"*{TEMPORARY}"):
             path.unlink()
@@ -283,7 +299,7 @@ class PartialCheckpoint:
 
     def _commit(self, final: Path) -> None:
         """Rename ``final`` to ``out``, moving an older one aside where that was allowed."""
-        _check_out(self.out, self.directory, allowed=self._overwrite)
+        _check_out(self.out, allowed=self._overwrite)
         replaced = self.directory / "replaced"
         with disk_errors(self.out, 4096, _WAY_OUT):
             if self.out.is_dir() and any(self.out.iterdir()):
@@ -300,12 +316,11 @@ class PartialCheckpoint:
             replaced.rename(self.out)
 
     def _clean_up(self) -> None:
-        """Delete the working directory, what marks the run as committed last."""
-        for name in ("replaced", "scratch", "parts", "journal.jsonl", "final"):
-            _remove(self.directory / name)
-        for name in ("run.json", "committing", "lock"):
-            (self.directory / name).unlink(missing_ok=True)
-        _remove(self.directory)
+        """Delete the working directory; what marks the run as committed goes last."""
+        with disk_errors(self.directory, 0, _WAY_OUT):
+            for name in ("replaced", "scratch", "parts", "journal.jsonl", "run.json", "committing", "lock"):
+                _remove(self.directory / name)
+            _remove(self.directory)
         self.close()
 
 
@@ -330,20 +345,27 @@ def _is_result_of(out: Path, fingerprint: str) -> bool:
         return False
 
 
+def _is_committed(out: Path, directory: Path) -> bool:
+    """Whether the run in ``directory`` has become ``out`` and only its cleaning up is left."""
+    return (directory / "committing").exists() and not (directory / "final").exists() and out.exists()
+
+
 def _read_run(directory: Path) -> dict[str, Any] | None:
-    """``run.json`` of a working directory, None where there is no run; UsageError if the directory is not ours."""
-    if (directory / "run.json").exists():
-        run = read_json_object(directory / "run.json")
-        if run.get("version") != _VERSION or not isinstance(run.get("fingerprint"), str):
-            raise UsageError(
-                f"{directory}: written by another version of lowbit: delete it, or use another output name"
-            )
-        return run
-    ours = {"lock", f"run.json{TEMPORARY}", "committing"}
+    """What ``run.json``, or the marker that outlives it, says; None where there is no run.
+
+    UsageError if the directory is not ours.
+    """
+    for name in ("run.json", "committing"):
+        if (directory / name).exists():
+            run = read_json_object(directory / name)
+            if run.get("version") != _VERSION or not isinstance(run.get("fingerprint"), str):
+                raise UsageError(
+                    f"{directory}: written by another version of lowbit: delete it, or name another output"
+                )
+            return run
+    ours = {"lock", f"run.json{TEMPORARY}"}
     if directory.exists() and (not directory.is_dir() or any(path.name not in ours for path in directory.iterdir())):
-        raise UsageError(
-            f"{directory}: exists and is no unfinished run of lowbit: move it away or use another output name"
-        )
+        raise UsageError(f"{directory}: exists and is no unfinished run of lowbit: move it away or name another output")
     return None
 
 
@@ -356,17 +378,13 @@ def _unfinished(directory: Path, resume: bool) -> str:
     return f"{directory}: holds an unfinished run: use --resume to go on with it, or --overwrite to start anew"
 
 
-def _check_out(out: Path, directory: Path, *, allowed: bool) -> None:
-    if out.is_dir() and not any(out.iterdir()):
+def _check_out(out: Path, *, allowed: bool) -> None:
+    if not out.exists():
         return
-    if out.exists() and not out.is_dir():
+    if not out.is_dir():
         raise UsageError(f"{out}: is a file, the output must be a directory")
-    if out.exists() and not allowed and not _committed(directory):
-        raise UsageError(f"{out}: exists and is not empty: use --overwrite to replace it, or another output name")
-
-
-def _committed(directory: Path) -> bool:
-    return (directory / "committing").exists() and not (directory / "final").exists()
+    if not allowed and any(out.iterdir()):
+        raise UsageError(f"{out}: exists and is not empty: use --overwrite to replace it, or name another output")
 
 
 def _lock(directory: Path) -> int:
