@@ -6,6 +6,7 @@ Colour says the method (the baseline is grey), line style and marker the number 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -115,7 +116,7 @@ def margin_over_baseline(candidate: Candidate, comparison: Comparison) -> float 
 
 def _measured(comparison: Comparison) -> list[tuple[Candidate, float]]:
     pairs = [(entry, entry.evaluation.kl_divergence) for entry in comparison.candidates]
-    return [(entry, value) for entry, value in pairs if value is not None and value > 0]
+    return [(entry, value) for entry, value in pairs if value is not None and 0 < value < math.inf]
 
 
 def _figure(theme: Theme, size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:

@@ -163,8 +163,18 @@ class Comparison:
 
     @property
     def reference(self) -> str | None:
-        """Name of the reference."""
+        """Name of the reference, or None without one."""
         return self.candidates[0].evaluation.reference
+
+    @property
+    def reference_bits_per_weight(self) -> float:
+        """Stored bits per parameter of the reference, 0 without one."""
+        return self.candidates[0].evaluation.reference_bits_per_weight or 0.0
+
+    @property
+    def reference_size_bytes(self) -> int:
+        """Size of the reference's tensors, 0 without one."""
+        return self.candidates[0].evaluation.reference_size_bytes or 0
 
     def to_json(self) -> dict[str, Any]:
         """The whole comparison as plain JSON values; an infinite figure becomes null."""

@@ -226,4 +226,5 @@ def _tokenizer_findings(checkpoint: Checkpoint, trust_remote_code: bool) -> Iter
         yield Finding("error", where, str(error))
         return
     if size > vocabulary:
-        yield Finding("error", where, f"the tokenizer has {size} ids, the embedding {vocabulary} rows")
+        message = f"the tokenizer has {size} ids, the embedding {vocabulary} rows: text with the last ones will fail"
+        yield Finding("warning", where, message)
