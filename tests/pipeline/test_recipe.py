@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -201,8 +202,29 @@ def test_dynamic_tables_against_a_plain_reading_of_the_rules(items: list[tuple[s
     assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
 
 
+@dataclass(frozen=True)
+class Options:
+    damping: float = 0.01
+    block_size: int = 128
+    clip: bool = True
+    ordering: Literal["none", "static"] = "none"
+
+
 def test_options_of_a_method() -> None:
-    kind = type(Recipe())
-    assert method_options(kind, {"method": "rtn"}) == Recipe(method="rtn")
-    with pytest.raises(UsageError, match="unknown option 'metod': did you mean 'method'"):
-        method_options(kind, {"metod": 1})
+    given = {"damping": 1, "clip": False, "ordering": "static"}
+    assert method_options(Options, given) == Options(damping=1, clip=False, ordering="static")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dampng": 1}, "unknown option 'dampng': did you mean 'damping'?"),
+        ({"damping": "1e-2"}, "damping: expected a number, not '1e-2'"),
+        ({"block_size": 1.5}, "block_size: expected a whole number"),
+        ({"block_size": True}, "block_size: expected a whole number, not True"),
+        ({"clip": 1}, "clip: expected true or false, not 1"),
+    ],
+)
+def test_options_that_a_method_does_not_take(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(expected)):
+        method_options(Options, options)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
@@ -205,14 +205,24 @@ def rules_from_dynamic(dynamic: Any, *, where: str = "dynamic") -> list[Rule]:
 
 
 def method_options(kind: type[_T], options: Mapping[str, Any], *, where: str = "recipe: options") -> _T:
-    """An options dataclass ``kind`` filled from a recipe's ``options``; unknown names get a suggestion."""
+    """An options dataclass ``kind`` filled from a recipe's ``options``.
+
+    Raises :class:`UsageError` for an unknown name, with a suggestion, and for a value of another type.
+    """
     if not dataclasses.is_dataclass(kind):
         raise TypeError(f"{kind} is not a dataclass")
+    types = get_type_hints(kind)
     names = [item.name for item in dataclasses.fields(kind) if item.init]
-    for name in options:
+    for name, value in options.items():
         if name not in names:
             raise UsageError(f"{where}: unknown option {name!r}{suggestion(name, names)}")
+        if (expected := _EXPECTED.get(types[name])) and type(value) not in expected:
+            raise UsageError(f"{where}: {name}: expected {_TYPE_NAMES[types[name]]}, not {value!r}")
     return kind(**options)
+
+
+_EXPECTED: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (float, int), str: (str,)}
+_TYPE_NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
