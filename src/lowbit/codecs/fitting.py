@@ -100,7 +100,9 @@ def _regroup(values: torch.Tensor, q: QuantizedTensor, spec: IntSpec) -> torch.T
         raise UnsupportedError(f"groups of {q.spec} do not split into those of {spec}")
     if q.spec.group_size == PER_TENSOR:
         values = values.expand(rows, 1)
-    return values.repeat_interleave(spec.groups(columns) // values.shape[1], dim=1)
+    groups = spec.groups(columns)
+    times = q.spec.group_size // spec.group_size if q.spec.group_size > 0 else groups
+    return values.repeat_interleave(times, dim=1)[:, :groups].contiguous()
 
 
 def _finer(group_size: int, columns: int) -> list[int]:
