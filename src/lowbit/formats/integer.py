@@ -130,7 +130,7 @@ def _codes(
     step = scales.float()
     zero: torch.Tensor | float = float(spec.midpoint) if zero_points is None else zero_points.float()
     if group_index is None and spec.group_size > 0 and weight.shape[1] % spec.group_size == 0:
-        values = weight.unflatten(1, (-1, spec.group_size))
+        values = weight.reshape(weight.shape[0], -1, spec.group_size)
         step = step.unsqueeze(2)
         zero = zero.unsqueeze(2) if isinstance(zero, torch.Tensor) else zero
     else:

@@ -42,8 +42,8 @@ def best_candidate_reference(
 ) -> torch.Tensor:
     """:func:`best_candidate` in torch, one candidate at a time."""
     padding = scales.shape[2] * group_size - weight.shape[1]
-    groups = F.pad(weight, (0, padding)).unflatten(1, (-1, group_size))
-    factors = F.pad(importance, (0, padding)).unflatten(0, (-1, group_size))
+    groups = F.pad(weight, (0, padding)).reshape(weight.shape[0], -1, group_size)
+    factors = F.pad(importance, (0, padding)).reshape(-1, group_size)
     losses = []
     for step, zero in zip(scales.unsqueeze(3), zeros.unsqueeze(3), strict=True):
         codes = torch.div(groups, step).round_().add_(zero).clamp_(0, levels - 1)

@@ -1,22 +1,30 @@
 """Quantization algorithms: statistics of inputs, transforms, solvers, error measures."""
 
+from lowbit.quant.awq import AwqOptions, AwqScaling, search_scales
 from lowbit.quant.error import WeightError, output_error, weight_error
 from lowbit.quant.gptq import Factor, GptqOptions, factorise
 from lowbit.quant.gptq import solve as solve_gptq
+from lowbit.quant.methods import METHODS, Method, Options
 from lowbit.quant.rtn import RtnOptions, round_to_nearest
 from lowbit.quant.solution import Solution
 from lowbit.quant.statistics import InputStatistics
 
 __all__ = [
+    "METHODS",
+    "AwqOptions",
+    "AwqScaling",
     "Factor",
     "GptqOptions",
     "InputStatistics",
+    "Method",
+    "Options",
     "RtnOptions",
     "Solution",
     "WeightError",
     "factorise",
     "output_error",
     "round_to_nearest",
+    "search_scales",
     "solve_gptq",
     "weight_error",
 ]

@@ -36,7 +36,8 @@ def reverse_cholesky_(matrix: torch.Tensor) -> bool:
 def invert_upper(matrix: torch.Tensor) -> torch.Tensor:
     """Inverse of an upper triangular matrix, float64."""
     identity = torch.eye(matrix.shape[0], dtype=torch.float64, device=matrix.device)
-    return torch.linalg.solve_triangular(matrix.double(), identity, upper=True)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(matrix.double(), identity, upper=True)
+    return inverse
 
 
 def quadratic_form(rows: torch.Tensor, upper_gram: torch.Tensor, block: int = 512) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """GPTQ: quantize columns one by one, each time moving the error onto the columns not yet quantized.
 
 The output error of a row with residual ``e`` is ``e H eᵀ``, ``H`` the damped Gram matrix of the inputs. With
-``H = R Rᵀ``, ``R`` upper triangular, that is ``|e R|²``, and column ``j`` of ``e R`` involves ``e_1 .. e_j`` only: once the columns
-left of a block are done, the weights of the block that would cancel their error are
+``H = R Rᵀ``, ``R`` upper triangular, that is ``|e R|²``, and column ``j`` of ``e R`` involves ``e_1 .. e_j`` only: once
+the columns left of a block are done, the weights of the block that would cancel their error are
 ``w + e_left R[left, block] R[block, block]⁻¹``. So one triangular factor serves, the inverse of ``H`` is never formed
 (only those of the diagonal blocks), the corrections of a block are one matrix product, and they read residuals
 instead of rewriting all columns to the right. It is the algorithm of Frantar et al. (arXiv:2210.17323), as LDLQ
@@ -108,7 +108,7 @@ def _ordered(statistics: InputStatistics, order: torch.Tensor | None) -> torch.T
         return statistics.upper_gram.clone()
     gram = statistics.gram
     permuted = torch.empty_like(gram)
-    for rows, target in zip(order.split(512), permuted.split(512), strict=True):
+    for rows, target in zip(torch.split(order, 512), torch.split(permuted, 512), strict=True):
         torch.index_select(gram[rows], 1, order, out=target)
     return permuted
 

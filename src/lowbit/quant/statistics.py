@@ -17,19 +17,18 @@ _ROWS = 4096
 class InputStatistics:
     """Accumulates ``G = sum x xᵀ`` over the rows ``x`` of one input, shared by every linear that reads that input.
 
-    ``tokens``   rows counted
-    ``dropped``  rows left out because they held NaN or infinity
-    ``abs_sum``  float32 ``[in]``, sum of ``|x|``
+    ``tokens``     rows counted
+    ``nonfinite``  rows left out because they held NaN or infinity
+    ``abs_sum``    float32 ``[in]``, sum of ``|x|``
 
     Only the blocks on and above the diagonal are computed while rows come in; :attr:`gram` mirrors them in place, so
-    the memory is one float32 ``[in, in]`` matrix at all times. Results depend on how the rows are cut into calls only in
-    the last bits.
+    the memory is one float32 ``[in, in]`` matrix at all times. How rows are cut into calls changes only the last bits.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.in_features = in_features
         self.tokens = 0
-        self.dropped = 0
+        self.nonfinite = 0
         self.abs_sum = torch.zeros(in_features, device=device)
         self._gram = torch.zeros(in_features, in_features, device=device)
         self._mirrored = True
@@ -62,14 +61,14 @@ class InputStatistics:
     @torch.no_grad()
     def add(self, x: torch.Tensor) -> None:
         """Count the rows of ``x`` ``[..., in]`` of any floating dtype."""
-        for rows in x.reshape(-1, self.in_features).split(_ROWS):
+        for rows in torch.split(x.reshape(-1, self.in_features), _ROWS):
             self._add_rows(rows.to(self._gram))
 
     def _add_rows(self, rows: torch.Tensor) -> None:
         totals = torch.linalg.vector_norm(rows, 1, dim=0)
         if not bool(torch.isfinite(totals).all()):
             good = torch.isfinite(rows).all(dim=1)
-            self.dropped += int((~good).sum())
+            self.nonfinite += int((~good).sum())
             rows = rows[good]
             totals = torch.linalg.vector_norm(rows, 1, dim=0)
         self.tokens += rows.shape[0]
@@ -79,15 +78,16 @@ class InputStatistics:
             self._gram[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
         self._mirrored = self.in_features <= _BLOCK
 
-    def divide_(self, scales: torch.Tensor) -> None:
-        """Become the statistics of ``x / scales`` (``scales`` float32 ``[in]``), in place."""
+    def divide_(self, scales: torch.Tensor) -> InputStatistics:
+        """Become the statistics of ``x / scales`` (``scales`` float32 ``[in]``), in place; returns itself."""
         self._gram /= scales
         self._gram /= scales[:, None]
         self.abs_sum /= scales
+        return self
 
     def state(self) -> dict[str, torch.Tensor]:
         """Tensors to save; :meth:`from_state` takes them back. The Gram matrix is not copied."""
-        counts = torch.tensor([self.tokens, self.dropped], dtype=torch.int64)
+        counts = torch.tensor([self.tokens, self.nonfinite], dtype=torch.int64)
         return {"gram": self.gram, "abs_sum": self.abs_sum, "counts": counts}
 
     @classmethod
@@ -98,6 +98,6 @@ class InputStatistics:
             raise NumericsError(f"saved statistics: gram is {tuple(gram.shape)}, abs_sum {tuple(abs_sum.shape)}")
         restored = cls.__new__(cls)
         restored.in_features = gram.shape[0]
-        restored.tokens, restored.dropped = (int(count) for count in state["counts"])
+        restored.tokens, restored.nonfinite = (int(count) for count in state["counts"])
         restored._gram, restored.abs_sum, restored._mirrored = gram, abs_sum, True
         return restored

@@ -1,0 +1,118 @@
+"""The methods by name: what each needs, and how it transforms and solves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from lowbit.errors import NumericsError
+from lowbit.formats.spec import IntSpec
+from lowbit.quant import awq, gptq
+from lowbit.quant.awq import AwqOptions
+from lowbit.quant.gptq import Factor, GptqOptions
+from lowbit.quant.rtn import RtnOptions, round_to_nearest
+from lowbit.quant.solution import Solution
+from lowbit.quant.statistics import InputStatistics
+
+__all__ = ["METHODS", "Method", "Options"]
+
+Options: TypeAlias = RtnOptions | GptqOptions | AwqOptions
+_Shared: TypeAlias = MutableMapping[Options, Factor]
+_Solver: TypeAlias = Callable[[torch.Tensor, InputStatistics | None, IntSpec, Any, _Shared, str], Solution]
+_Transform: TypeAlias = Callable[[Sequence[torch.Tensor], InputStatistics, IntSpec, Any], torch.Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to quantize a linear.
+
+    ``options``           dataclass of its settings
+    ``needs_statistics``  whether it solves nothing without calibration inputs
+    ``search_scales``     the transform before it, ``(weights, statistics, spec, options) -> scales``: float32 ``[in]``
+                          to multiply the columns of all linears on one input by (and divide that input by), or None
+                          to leave them alone
+    """
+
+    name: str
+    options: type[Options]
+    needs_statistics: bool
+    solver: _Solver
+    search_scales: _Transform | None = None
+
+    def solve(
+        self,
+        weight: torch.Tensor,
+        statistics: InputStatistics | None,
+        spec: IntSpec,
+        options: Options | None = None,
+        *,
+        shared: _Shared | None = None,
+        name: str = "weight",
+    ) -> Solution:
+        """Quantize ``weight`` float ``[out, in]`` (left unchanged); options of another method count as none given.
+
+        ``shared`` is one dictionary for all linears on one input: what they can share is kept in it. ``name`` is the
+        module's, for roles (AWQ leaves query and key projections unclipped) and messages. Raises
+        :class:`NumericsError` naming it.
+        """
+        chosen = options if isinstance(options, self.options) else self.options()
+        try:
+            return self.solver(weight, statistics, spec, chosen, {} if shared is None else shared, name)
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
+
+
+def _rtn(
+    weight: torch.Tensor,
+    statistics: InputStatistics | None,
+    spec: IntSpec,
+    options: RtnOptions,
+    shared: _Shared,
+    name: str,
+) -> Solution:
+    return round_to_nearest(weight, statistics, spec, options)
+
+
+def _gptq(
+    weight: torch.Tensor,
+    statistics: InputStatistics | None,
+    spec: IntSpec,
+    options: GptqOptions,
+    shared: _Shared,
+    name: str,
+) -> Solution:
+    if statistics is None:
+        raise NumericsError("gptq needs calibration inputs and has none: give more calibration text, or use rtn")
+    if options not in shared:
+        shared[options] = gptq.factorise(statistics, options)
+    return gptq.solve(weight, shared[options], spec, options)
+
+
+def _awq(
+    weight: torch.Tensor,
+    statistics: InputStatistics | None,
+    spec: IntSpec,
+    options: AwqOptions,
+    shared: _Shared,
+    name: str,
+) -> Solution:
+    return awq.solve(weight, statistics, spec, options, name=name)
+
+
+def _awq_scales(
+    weights: Sequence[torch.Tensor], statistics: InputStatistics, spec: IntSpec, options: AwqOptions
+) -> torch.Tensor | None:
+    chosen = options if isinstance(options, AwqOptions) else AwqOptions()
+    found = awq.search_scales(weights, statistics, spec, chosen)
+    return found.scales if found.after < found.before else None
+
+
+METHODS: Mapping[str, Method] = {
+    "rtn": Method("rtn", RtnOptions, needs_statistics=False, solver=_rtn),
+    "gptq": Method("gptq", GptqOptions, needs_statistics=True, solver=_gptq),
+    "awq": Method("awq", AwqOptions, needs_statistics=True, solver=_awq, search_scales=_awq_scales),
+}
+"""Every method of ``--method``."""
