@@ -180,6 +180,20 @@ def test_mixed_plan_becomes_dynamic_rules() -> None:
     assert CODECS["gptq"].config({}, ["lm_head"]) == {}
 
 
+def test_rules_name_the_merged_experts() -> None:
+    plan = {
+        f"model.layers.{i}.mlp.experts.{e}.w{w}": IntSpec(8 if i == 1 or (i, e) == (2, 0) else 4, 128)
+        for i in range(4)
+        for e in range(4)
+        for w in (1, 2, 3)
+    }
+    rules = CODECS["gptq"].config(plan, [])["dynamic"]
+    eight = {"bits": 8, "group_size": 128, "sym": True}
+    for name, spec in plan.items():
+        assert match_like_vllm(rules, name) == (eight if spec.bits == 8 else None)
+    assert [match_like_vllm(rules, f"model.layers.{i}.mlp.experts") for i in range(4)] == [None, eight, None, None]
+
+
 def test_plan_survives_writing_and_reading(make_quantized: Any) -> None:
     plan = {
         "model.layers.0.mlp.experts.3.w1": IntSpec(4, 32),

@@ -130,7 +130,8 @@ class GptqCodec:
         """``quantization_config``; other specs than the commonest and dense layers become ``dynamic`` rules.
 
         ``details`` may hold ``desc_act`` (for weights with a ``group_index``) and anything for ``meta``. Rules also
-        name the merged layers (``qkv_proj``, ``gate_up_proj``), which vLLM up to 0.32 matches instead of their shards.
+        name the merged layers (``qkv_proj``, ``gate_up_proj``, ``experts``), which vLLM 0.32 matches in place of their
+        shards.
         """
         if not plan:
             return {}
@@ -193,8 +194,9 @@ def _dynamic_rules(plan: Mapping[str, IntSpec], left_dense: Sequence[str], base:
         by_settings.setdefault(None, set()).add(name)
     for name, spec in plan.items():
         by_settings.setdefault((spec.bits, spec.group_size, spec.symmetric), set()).add(name)
+    modules = set().union(*by_settings.values())
     for names in by_settings.values():
-        names |= fused_names(names)
+        names |= fused_names(names, modules - names)
     rules: dict[str, dict[str, Any]] = {}
     everything = set().union(*by_settings.values())
     for settings, names in by_settings.items():

@@ -46,10 +46,11 @@ def patterns(members: Collection[str], others: Collection[str]) -> list[str]:
     return found
 
 
-def fused_names(names: Collection[str]) -> set[str]:
-    """Names that merged layers have in an engine, for those whose shards are all among ``names``."""
+def fused_names(names: Collection[str], others: Collection[str]) -> set[str]:
+    """Names that merged layers have in an engine: shards all among ``names``, experts with none among ``others``."""
     known = set(names)
-    found: set[str] = set()
+    foreign = {_experts(name) for name in others}
+    found = {_experts(name) for name in known} - foreign - {""}
     for name in known:
         parent, _, last = name.rpartition(".")
         for merged, shards in FUSED_SHARDS.items():
@@ -66,6 +67,12 @@ def in_numbered_block(name: str) -> bool:
 def common_spec(specs: Iterable[IntSpec]) -> IntSpec:
     """The spec that most modules have; the first of them on a tie."""
     return Counter(specs).most_common(1)[0][0]
+
+
+def _experts(name: str) -> str:
+    """``…mlp.experts`` for a layer of one of its experts (``…mlp.experts.3.w1``), else the empty string."""
+    parent, separator, rest = name.rpartition(".experts.")
+    return f"{parent}.experts" if separator and rest.partition(".")[0].isdecimal() else ""
 
 
 def _template(name: str) -> tuple[str, ...]:
