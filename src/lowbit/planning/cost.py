@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 
 from lowbit.planning.modules import PlannedModule, by_block, by_input
 
-BASE_BYTES = 600_000_000
+BASE_BYTES = 700_000_000
 """Resident memory of the interpreter with torch, transformers and numba loaded."""
+
+_START_SECONDS = 6.0
+"""Imports, compiled kernels, hashing the source: what even the smallest model takes."""
 
 _GRAMS = 2.5
 """Matrices of ``in * in`` floats alive while the widest input is factorised."""
@@ -100,7 +103,7 @@ def predict(
     """Time, peak memory and scratch space of quantizing ``modules`` with ``workload`` at ``gemm_flops`` FLOP/s."""
     groups = [tuple(group) for group in fused_groups]
     blocks = {name: members for name, members in by_block(modules).items() if name}
-    seconds = dict.fromkeys(("read", "forward", "statistics", "factorise", "solve"), 0.0)
+    seconds = {"start": _START_SECONDS, **dict.fromkeys(("read", "forward", "statistics", "factorise", "solve"), 0.0)}
     calibrated = any(m.spec is not None and _cost(m).needs_statistics for m in modules)
     for members in blocks.values():
         for part, value in _block_seconds(members, groups, workload, gemm_flops, calibrated).items():
