@@ -69,7 +69,7 @@ def inspect_checkpoint(
     config = read_json_object(path / "config.json")
     problems: list[Finding] = []
     manifest = _manifest(path, problems)
-    known = {
+    known: dict[str, Any] = {
         "path": str(path),
         "made": {} if manifest is None else _made(manifest),
         "certificate": None if manifest is None else manifest.quality,

@@ -196,6 +196,7 @@ def _shape_findings(
             stored = model.stored_name(f"{block}.{name}")
             module = stored.removesuffix(".weight")
             info = checkpoint.tensors.get(stored)
+            shape: tuple[int, ...]
             if module in plan and module != stored:
                 shape = plan[module].shape
                 used.update(local_tensors(checkpoint, module, plan[module]).values())
