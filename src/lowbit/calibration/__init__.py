@@ -9,6 +9,7 @@ from lowbit.calibration.load import (
     load_calibration,
     load_text,
 )
+from lowbit.calibration.packing import ids_hash
 from lowbit.calibration.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "HubSource",
     "Tokenizer",
     "encode_text",
+    "ids_hash",
     "load_calibration",
     "load_text",
     "load_tokenizer",
