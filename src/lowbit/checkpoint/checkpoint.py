@@ -14,7 +14,7 @@ import torch
 from lowbit.checkpoint import safetensors
 from lowbit.checkpoint.description import ModelDescription
 from lowbit.checkpoint.files import read_json_object
-from lowbit.checkpoint.locate import WeightFiles, find_weights, locate
+from lowbit.checkpoint.location import WeightFiles, find_weights, locate
 from lowbit.checkpoint.safetensors import TensorInfo
 from lowbit.errors import CheckpointError
 
@@ -206,10 +206,10 @@ class Checkpoint:
             value = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{file}: holds more than tensors, so it is not loaded: convert it to safetensors"
+                f"{file}: holds more than tensors, or is corrupt, and is not loaded: convert it to safetensors"
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file}: corrupt or truncated: {str(error).splitlines()[0]:.200}") from error
+            raise CheckpointError(f"{file}: corrupt or truncated ({type(error).__name__})") from error
         tensors = (
             {key: item for key, item in value.items() if isinstance(item, torch.Tensor)}
             if isinstance(value, dict)

@@ -35,6 +35,7 @@ __all__ = [
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that readers of the format accept."""
+_LFS_POINTER = b"version "
 _MAX_DIMENSIONS = 64
 _MAX_INDEX = 2**63 - 1
 
@@ -44,9 +45,9 @@ DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I16": torch.int16,
     "U16": torch.uint16,
     "F16": torch.float16,
@@ -92,7 +93,12 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorInfo], di
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if start == _LFS_POINTER:
+                raise CheckpointError(
+                    f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` in its repository"
+                )
             if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path}: {_header_problem(size, length)}")
             data = file.read(length)

@@ -82,7 +82,7 @@ class PartialCheckpoint:
         """Start or, with ``resume``, go on with the run ``fingerprint`` towards ``out``.
 
         A run that an earlier process committed is recognised by its leavings or by the fingerprint in ``out``'s
-        manifest; then ``finished`` is true and only :meth:`finish` (which tidies up) is left to call.
+        manifest; then ``finished`` is true, the leavings are gone and there is nothing left to do.
 
         Raises :class:`UsageError` if ``out`` exists and is not empty (``--overwrite``), if an unfinished run is there
         (``--resume``, ``--overwrite``), is another one (``--overwrite``) or is being worked on by another process.
@@ -97,7 +97,9 @@ class PartialCheckpoint:
         if resume and ((committed and matches) or (run is None and _is_result_of(out, fingerprint))):
             with disk_errors(directory, 0, _WAY_OUT):
                 lock = _lock(directory) if directory.exists() else -1
-            return cls(out, fingerprint, lock, overwrite=overwrite, finished=True)
+            partial = cls(out, fingerprint, lock, overwrite=overwrite, finished=True)
+            partial._clean_up()
+            return partial
         goes_on = resume and matches
         overwrite = overwrite or (goes_on and run is not None and run.get("overwrite") is True)
         _check_out(out, allowed=overwrite)
@@ -191,7 +193,6 @@ class PartialCheckpoint:
         :class:`ResourceError` if the disk is full, :class:`UsageError` if ``out`` has come to exist meanwhile.
         """
         if self.finished:
-            self._clean_up()
             return
         marker = self.directory / "committing"
         final = self.directory / "final"
@@ -201,7 +202,8 @@ class PartialCheckpoint:
                 with disk_errors(final, 4096, _WAY_OUT):
                     final.mkdir()
                 self._assemble(final, config, extra_json or {}, copy_files, max_shard_bytes, manifest, progress)
-                sync_directory(final)
+                with disk_errors(final, 0, _WAY_OUT):
+                    sync_directory(final)
                 write_json(marker, self._run(), _WAY_OUT)
             except ResourceError:
                 _remove(final)

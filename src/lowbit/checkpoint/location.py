@@ -105,7 +105,14 @@ def _download(name: str, revision: str | None, allow_pickle: bool, trust_remote_
         raise CheckpointError(f"{name!r}: the hub model has no revision {revision!r}") from error
     except HFValidationError as error:
         raise CheckpointError(f"{what} it is no valid hub id (organisation/model)") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, transport_error, ConnectionError) as error:
+    except (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        HfHubHTTPError,
+        transport_error,
+        ConnectionError,
+        TimeoutError,
+    ) as error:
         raise CheckpointError(
             f"{what} the hub cannot be reached: go online (unset HF_HUB_OFFLINE), or copy the model's files into a "
             "directory and name that"
