@@ -14,7 +14,7 @@ from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.pipeline.sampling import sample_from
 from lowbit.pipeline.streamed import StreamedModel, build_empty
 
-MODEL_TYPES = "llama mistral qwen2 qwen3 gemma phi gpt_neox opt mixtral qwen3_moe".split()
+MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "opt", "mixtral", "qwen3_moe"]
 
 
 def _streamed_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:

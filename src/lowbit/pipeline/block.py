@@ -14,13 +14,22 @@ from lowbit.codecs import Codec, read_dense
 from lowbit.errors import NumericsError
 from lowbit.formats import QuantizedTensor
 from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
-from lowbit.pipeline.recipe import ModulePlan
+from lowbit.pipeline.recipe import ModulePlan, Recipe, method_options
 from lowbit.pipeline.stages import Group, Stage, StagedForward, discover_stages, split_stages
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
-from lowbit.quant import METHODS, InputStatistics, Method, output_error
+from lowbit.quant import METHODS, InputStatistics, output_error, weight_error
+from lowbit.quant.methods import Options
 
 STARVED_SHARE = 0.005
 """An expert that saw less than this share of the calibration tokens is solved without statistics."""
+
+
+def options_of(recipe: Recipe, plan: ModulePlan) -> Options:
+    """The options of a module's method: the recipe's where it is the recipe's method, with the module's ordering."""
+    given = dict(recipe.options) if plan.method == recipe.method else {}
+    if plan.ordering is not None and plan.method == "gptq":
+        given["ordering"] = plan.ordering
+    return method_options(METHODS[plan.method].options, given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +41,18 @@ class ModuleReport:
     method: str
     bits_per_weight: float
     weights: int
-    error: float | None
     weight_error: float
-    tokens: int
+    error: float | None = None
+    tokens: int = 0
     damping: float | None = None
     scaled: bool = False
     starved: bool = False
+    dropped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are set, for the manifest and the journal."""
         values = {name: getattr(self, name) for name in self.__slots__}
-        return {key: value for key, value in values.items() if value is not None and value is not False}
+        return {key: value for key, value in values.items() if value not in (None, False) or key == "weight_error"}
 
 
 class BlockQuantizer:
@@ -56,6 +66,7 @@ class BlockQuantizer:
         model: StreamedModel,
         index: int,
         plans: Mapping[str, ModulePlan],
+        recipe: Recipe,
         codec: Codec,
         calibration_tokens: int,
     ) -> None:
@@ -63,10 +74,10 @@ class BlockQuantizer:
         self.index = index
         self.block = model.load_block(index)
         self.plans = plans
+        self.recipe = recipe
         self.codec = codec
         self.calibration_tokens = calibration_tokens
         self.reports: list[ModuleReport] = []
-        self.dropped_rows = 0
         self._statistics: dict[Group, InputStatistics] = {}
         self._solved: dict[str, QuantizedTensor] = {}
         self._overrides: dict[str, torch.Tensor] = {}
@@ -123,23 +134,23 @@ class BlockQuantizer:
     def _solve_group(self, group: Group, statistics: InputStatistics | None) -> None:
         planned = [name for name in group if name in self.plans]
         tokens = 0 if statistics is None else statistics.tokens
-        if statistics is not None:
-            self.dropped_rows += statistics.nonfinite
         needs = any(METHODS[self.plans[name].method].needs_statistics for name in planned)
         starved = needs and tokens < max(1, STARVED_SHARE * self.calibration_tokens)
         usable = None if starved else statistics
         scales = self._scale(group, planned, usable) if usable is not None else None
         if scales is not None and usable is not None:
-            usable = usable.scaled(scales)
+            usable.divide_(scales)
+        dropped = 0 if statistics is None else statistics.nonfinite
         shared: dict[Any, Any] = {}
         for name in planned:
             plan = self.plans[name]
-            method = METHODS["rtn"] if starved else METHODS[plan.method]
-            self._solve(name, plan, method, usable, scales, tokens, starved, shared)
+            if starved:
+                plan = replace(plan, method="rtn")
+            report = self._solve(name, plan, usable, scales, shared)
+            self.reports.append(replace(report, tokens=tokens, dropped=dropped, starved=starved))
         for name in group:
             if scales is not None and name not in self.plans:
-                weight = self.block.get_submodule(name).weight
-                self._overrides[f"{name}.weight"] = weight * scales
+                self._overrides[f"{name}.weight"] = self._linear(name).weight * scales
 
     def _scale(self, group: Group, planned: list[str], statistics: InputStatistics) -> torch.Tensor | None:
         """Search and fold an activation-aware scaling of the group's input; None where there is none."""
@@ -148,11 +159,9 @@ class BlockQuantizer:
         if method.search_scales is None or target is None:
             return None
         plan = self.plans[planned[0]]
-        weights = [self.block.get_submodule(name).weight for name in planned]
-        found = method.search_scales(weights, statistics, plan.spec, plan.options)
-        if found is None:
-            return None
-        return self._fold(target, found)
+        weights = [self._linear(name).weight for name in planned]
+        found = method.search_scales(weights, statistics, plan.spec, options_of(self.recipe, plan))
+        return None if found is None else self._fold(target, found)
 
     def _fold(self, target: str, scales: torch.Tensor) -> torch.Tensor:
         """Divide the producer ``target`` by ``scales``; returns the scales in effect."""
@@ -182,42 +191,37 @@ class BlockQuantizer:
         self,
         name: str,
         plan: ModulePlan,
-        method: Method,
         statistics: InputStatistics | None,
         scales: torch.Tensor | None,
-        tokens: int,
-        starved: bool,
         shared: dict[Any, Any],
-    ) -> None:
-        linear = self.block.get_submodule(name)
-        weight = linear.weight.float()
-        if scales is not None:
-            weight = weight * scales
-        solution = method.solve(weight, statistics, plan.spec, plan.options, shared=shared, name=name)
+    ) -> ModuleReport:
+        """Solve one linear, put the result in its place, and say how it went."""
+        linear, full = self._linear(name), self.full_name(name)
+        weight = linear.weight.float() if scales is None else linear.weight.float() * scales
+        options = options_of(self.recipe, plan)
+        solution = METHODS[plan.method].solve(weight, statistics, plan.spec, options, shared=shared, name=full)
         restored = solution.tensor.dequantize()
-        error = None if statistics is None else output_error(weight, restored, statistics)
         if not bool(torch.isfinite(restored).all()):
-            raise NumericsError(f"{self.full_name(name)}: the quantized weight is not finite: try --method rtn for it")
-        difference = float((restored - weight).norm() / weight.norm().clamp_min(1e-30))
-        if scales is not None:
-            restored = restored / scales
-        linear.weight.data = restored.to(linear.weight.dtype)
-        self._solved[name] = solution.tensor
-        self.reports.append(
-            ModuleReport(
-                name=self.full_name(name),
-                spec=str(plan.spec),
-                method="rtn" if starved else plan.method,
-                bits_per_weight=solution.tensor.bits_per_weight,
-                weights=weight.numel(),
-                error=error,
-                weight_error=difference,
-                tokens=tokens,
-                damping=solution.damping,
-                scaled=scales is not None,
-                starved=starved,
-            )
+            raise NumericsError(f"{full}: the quantized weight is not finite: try --method rtn for it")
+        report = ModuleReport(
+            name=full,
+            spec=str(plan.spec),
+            method=plan.method,
+            bits_per_weight=solution.tensor.bits_per_weight,
+            weights=weight.numel(),
+            error=None if statistics is None else output_error(weight, restored, statistics),
+            weight_error=weight_error(weight, restored).relative,
+            damping=solution.damping or None,
+            scaled=scales is not None,
         )
+        linear.weight.data = (restored if scales is None else restored.div_(scales)).to(linear.weight.dtype)
+        self._solved[name] = solution.tensor
+        return report
+
+    def _linear(self, name: str) -> nn.Linear:
+        module = self.block.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        return module
 
     # ---- output ------------------------------------------------------------------------------------------------
 

@@ -46,10 +46,14 @@ class UnfusedExperts(nn.Module):
         """Sum over the chosen experts; ``hidden`` ``[tokens, hidden]``, the others ``[tokens, k]``."""
         gate, up, down = self.names
         chosen = {
-            index: torch.where(top_k_index == index) for index in range(self.count) if bool((top_k_index == index).any())
+            index: torch.where(top_k_index == index)
+            for index in range(self.count)
+            if bool((top_k_index == index).any())
         }
         if self.stage_point is not None:
-            inputs = {(f"{i}.{gate}", f"{i}.{up}"): hidden[tokens] for i, (tokens, _) in chosen.items()}
+            inputs: dict[tuple[str, ...], torch.Tensor] = {
+                (f"{i}.{gate}", f"{i}.{up}"): hidden[tokens] for i, (tokens, _) in chosen.items()
+            }
             self.stage_point("in", inputs)
             del inputs
         middle = {}

@@ -7,31 +7,31 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from lowbit import __version__
-from lowbit.calibration import CalibrationSet, load_calibration, load_tokenizer
-from lowbit.checkpoint import Checkpoint, hash_file, open_checkpoint
+from lowbit.calibration import CalibrationSet, ids_hash, load_calibration, load_tokenizer
+from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.codecs import CODECS, Codec
-from lowbit.errors import CheckpointError, UnsupportedError, UsageError
+from lowbit.errors import UsageError
 from lowbit.formats import IntSpec
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.block import ModuleReport
+from lowbit.pipeline.checks import Decisions, decide, scan_weights
 from lowbit.pipeline.recipe import ModulePlan, Recipe, Rule, resolve, suggestion
 from lowbit.pipeline.sampling import sample_from
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
+from lowbit.planning import probe
 from lowbit.quant import METHODS
 
-BASE_MEMORY = 700 * 2**20
-"""Resident memory of the interpreter with torch, transformers and numba loaded."""
+DEMO = "demo"
+"""Name of the embedded model, and of the text that it was trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Settings:
     """What a user can ask of :func:`lowbit.quantize`.
 
     ``memory`` is the budget in bytes (default: half of what is free); ``calibration`` a file, preset, hub data set or
-    ``self``; ``target`` an engine such as ``vllm==0.32``.
+    ``self``; ``target`` an engine such as ``vllm==0.32``; ``held_out_tokens`` of the calibration text are kept out of it.
     """
 
     scheme: str | None = None
@@ -58,6 +58,7 @@ class Settings:
     device: str = "auto"
     memory: int | None = None
     target: str | None = None
+    held_out_tokens: int = 4096
     revision: str | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
@@ -85,16 +86,16 @@ class Settings:
 class Job:
     """One job, ready to run."""
 
+    source: str | Path
     checkpoint: Checkpoint
     model: StreamedModel
     recipe: Recipe
     codec: Codec
     plan: dict[str, ModulePlan | None]
-    shapes: dict[str, tuple[int, int]]
     settings: Settings
     calibration: CalibrationSet | None
-    keep_states: bool
-    group_limit: int
+    held_out: torch.Tensor | None
+    decisions: Decisions
     source_hashes: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
@@ -147,7 +148,9 @@ class Job:
 
     def source_record(self) -> dict[str, Any]:
         """The source's name and hashes, for the manifest."""
-        return {"name": self.checkpoint.path.name, "weights": self.source_hashes}
+        is_path = Path(self.source).exists()
+        name = self.checkpoint.path.resolve().name if is_path else str(self.source)
+        return {"name": name, "sha256": self.source_hashes}
 
     def calibration_record(self) -> dict[str, Any] | None:
         """Name, hash and size of the calibration set, for the manifest."""
@@ -186,7 +189,7 @@ class _Lazy(Mapping[str, torch.Tensor]):
 
 
 @contextmanager
-def plan_job(source: str | Path, values: Mapping[str, Any]) -> Iterator[Job]:
+def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterator[Job]:
     """Open ``source`` and decide everything; raises before anything is written if the job cannot work."""
     settings = Settings.of(values)
     recipe = settings.resolved_recipe()
@@ -209,16 +212,16 @@ def plan_job(source: str | Path, values: Mapping[str, Any]) -> Iterator[Job]:
             name: None if entry is None else dataclasses.replace(entry, spec=entry.spec.with_scale_dtype(scale_dtype))
             for name, entry in recipe_plan.items()
         }
-        _check_formats(codec, plan, shapes)
-        hashes = _scan(checkpoint)
-        calibration = _calibration(settings, source, checkpoint, model, plan)
-        tokens = 0 if calibration is None else calibration.ids.numel()
-        budget = settings.memory or psutil.virtual_memory().available // 2
-        keep, limit, notes = _memory(model, tokens, budget)
-        if calibration is not None:
-            notes += calibration.notes
+        hardware = probe()
+        memory = settings.memory or hardware.available // 2
+        calibration, held_out = _calibration(settings, source, checkpoint, model, plan, memory)
+        shape = None if calibration is None else calibration.ids.shape
+        decisions = decide(model, codec, plan, shapes, out, shape, memory, settings.target, hardware)
+        hashes = scan_weights(checkpoint)
+        notes = [finding.message for finding in decisions.report.findings if finding.level != "error"]
+        notes += [] if calibration is None else calibration.notes
         yield Job(
-            checkpoint, model, recipe, codec, plan, shapes, settings, calibration, keep, limit, hashes, notes
+            source, checkpoint, model, recipe, codec, plan, settings, calibration, held_out, decisions, hashes, notes
         )
 
 
@@ -238,76 +241,37 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _check_formats(
-    codec: Codec, plan: Mapping[str, ModulePlan | None], shapes: Mapping[str, tuple[int, int]]
-) -> None:
-    """Raise :class:`UnsupportedError` naming the first module that the format cannot hold, and how many more."""
-    refused = [
-        (name, reasons)
-        for name, entry in plan.items()
-        if entry is not None and (reasons := codec.supports(entry.spec, shapes[name]))
-    ]
-    if refused:
-        name, reasons = refused[0]
-        more = f" (and {len(refused) - 1} more modules)" if len(refused) > 1 else ""
-        raise UnsupportedError(
-            f"{codec.name} cannot hold {name}{more}", [*reasons, f"or leave it dense with --skip '.*{name.rpartition('.')[2]}'"]
-        )
-
-
-def _scan(checkpoint: Checkpoint) -> dict[str, str]:
-    """Refuse weights that are not finite, and hash the source's files, both before any work is done."""
-    with ThreadPoolExecutor(1) as background:
-        paths = [checkpoint.path / "config.json", *checkpoint.files]
-        hashing = background.submit(lambda: {path.name: hash_file(path).sha256 for path in paths})
-        for name, info in checkpoint.tensors.items():
-            tensor = checkpoint.read(name)
-            # A sum is not finite if a value is not; it may also overflow, so look closer before refusing.
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-                if not bool(torch.isfinite(tensor).all()):
-                    raise CheckpointError(f"{info.file}: tensor {name} has values that are not finite (NaN, infinity)")
-        return hashing.result()
-
-
 def _calibration(
     settings: Settings,
     source: str | Path,
     checkpoint: Checkpoint,
     model: StreamedModel,
     plan: Mapping[str, ModulePlan | None],
-) -> CalibrationSet | None:
-    if not any(entry is not None and METHODS[entry.method].needs_statistics for entry in plan.values()):
-        return None
+    memory: int,
+) -> tuple[CalibrationSet | None, torch.Tensor | None]:
+    """The sequences to calibrate on, and some more of the same text that are kept for the certificate."""
+    needed = any(entry is not None and METHODS[entry.method].needs_statistics for entry in plan.values())
+    chosen = settings.calibration
+    if chosen is None and str(source) == DEMO:
+        chosen = DEMO
+    if not needed and chosen is None:
+        return None, None
     limit = getattr(model.config, "max_position_embeddings", None) or settings.seq_len
     seq_len = min(settings.seq_len, int(limit))
-    chosen = settings.calibration
-    if chosen is None and str(source) == "demo":
-        chosen = "demo"
-    memory = settings.memory or psutil.virtual_memory().available // 2
-    return load_calibration(
+    extra = -(-settings.held_out_tokens // seq_len)
+    loaded = load_calibration(
         chosen,
         load_tokenizer(checkpoint.path, trust_remote_code=settings.trust_remote_code),
-        samples=settings.samples,
+        samples=settings.samples + extra,
         seq_len=seq_len,
         seed=settings.seed,
         generate=sample_from(model, memory),
     )
-
-
-def _memory(model: StreamedModel, tokens: int, budget: int) -> tuple[bool, int, list[str]]:
-    """Whether intermediate states of all tokens may be kept, how many groups a stage may have, and notes.
-
-    Kept per token: the block's input, a residual, a norm's output and the widest intermediate.
-    """
-    block = model.empty_block(len(model.block_names) - 1)
-    linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
-    weights = sum(p.numel() for p in block.parameters()) * 4
-    widest = max(m.in_features for m in linears)
-    shell = model.shell_bytes()
-    fixed = BASE_MEMORY + weights + int(2.5 * widest * widest * 4) + shell
-    states = tokens * (3 * model.hidden_size + widest) * model.dtype.itemsize
-    limit = max(1, min(64, (budget - fixed) // (2 * widest * widest * 4)))
-    notes = []
-    if tokens and fixed > budget:
-        notes.append(f"about {fixed / 2**30:.1f} GiB are needed for one block, more than the {budget / 2**30:.1f} GiB allowed")
-    return fixed + states <= budget, int(limit), notes
+    found = len(loaded.ids)
+    kept = min(extra, max(found - settings.samples, found // 8))
+    ids, held_out = loaded.ids[: found - kept], loaded.ids[found - kept :]
+    notes = loaded.notes
+    if len(ids) >= settings.samples:
+        notes = tuple(note for note in notes if "asked for" not in note)
+    calibration = dataclasses.replace(loaded, ids=ids, sha256=ids_hash(ids), tokens=ids.numel(), notes=notes)
+    return (calibration if needed else None), (held_out if kept else None)

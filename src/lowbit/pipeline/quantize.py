@@ -26,7 +26,11 @@ TOKENS_PER_FORWARD = 2048
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What :func:`quantize` wrote. Sizes in bytes, times in seconds."""
+    """What :func:`quantize` wrote. Sizes in bytes, times in seconds.
+
+    ``held_out`` are int64 ``[n, seq_len]`` token ids of the calibration text that were not calibrated on; ``quality``
+    is the certificate, once measured.
+    """
 
     out: Path
     format: str
@@ -40,6 +44,8 @@ class QuantizeResult:
     peak_memory_bytes: int
     calibration: dict[str, Any] | None
     notes: tuple[str, ...]
+    held_out: torch.Tensor | None = None
+    quality: dict[str, Any] | None = None
 
     @property
     def starved(self) -> tuple[str, ...]:
@@ -64,10 +70,10 @@ def quantize(
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    with plan_job(source, settings) as job, torch.no_grad():
+    with plan_job(source, Path(out), settings) as job, torch.no_grad():
         with PartialCheckpoint.create(Path(out), job.fingerprint, resume=resume, overwrite=overwrite) as partial:
             reports = _reports(Path(out)) if partial.finished else _run(job, partial, progress)
-            notes = job.notes + _notes(reports)
+            notes = [*job.notes, *_notes(reports)]
             if not partial.finished:
                 _finish(job, partial, reports)
         for note in notes:
@@ -87,6 +93,7 @@ def quantize(
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             calibration=job.calibration_record(),
             notes=tuple(notes),
+            held_out=job.held_out,
         )
 
 
@@ -156,7 +163,7 @@ def _quantize_block(
     stages: dict[tuple[str, ...], list[Stage]],
 ) -> BlockQuantizer:
     tokens = 0 if job.calibration is None else job.calibration.ids.numel()
-    block = BlockQuantizer(job.model, index, job.block_plan(index), job.codec, tokens)
+    block = BlockQuantizer(job.model, index, job.block_plan(index), job.recipe, job.codec, tokens)
     if stores is None:
         block.solve_without_statistics()
         return block
@@ -173,8 +180,8 @@ def _quantize_block(
         loads,
         lambda batch, output: target.write(firsts[batch], output),
         stages=stages[kind],
-        keep=job.keep_states,
-        group_limit=job.group_limit,
+        keep=job.decisions.keep_states,
+        group_limit=job.decisions.group_limit,
     )
     target.sync()
     return block
@@ -199,7 +206,9 @@ def _notes(reports: Sequence[ModuleReport]) -> list[str]:
             f"(first: {starved[0]}): more or more varied --samples reach them"
         )
     if raised := [r for r in reports if r.damping is not None and r.damping > 0.0101]:
-        notes.append(f"{len(raised)} modules needed more damping than asked for (most: {max(r.damping or 0 for r in raised):.3f})")
+        notes.append(
+            f"{len(raised)} modules needed more damping than asked for (most: {max(r.damping or 0 for r in raised):.3f})"
+        )
     if dropped := sum(report.dropped for report in reports):
         notes.append(f"{dropped} calibration rows were not finite and were left out")
     return notes
@@ -221,4 +230,3 @@ def _finish(job: Job, partial: PartialCheckpoint, reports: Sequence[ModuleReport
         expert_coverage=job.coverage(reports),
     )
     partial.finish(config, manifest=manifest, copy_files=job.checkpoint.auxiliary_files())
-

@@ -43,7 +43,7 @@ def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[]
     stages: list[Stage] = []
     inputs: list[tuple[torch.Tensor, list[str]]] = []
     handles = []
-    inside = set()
+    inside: set[str] = set()
     for path, module in block.named_modules():
         if isinstance(module, UnfusedExperts):
             inside.update(n for n in names if n.startswith(f"{path}."))
@@ -74,7 +74,9 @@ def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[]
             if isinstance(module, UnfusedExperts):
                 module.stage_point = None
     groups = {group[0]: tuple(group) for _, group in inputs}
-    return [stage if stage.groups or ":" in stage.name else Stage(stage.name, (groups[stage.name],)) for stage in stages]
+    return [
+        stage if stage.groups or ":" in stage.name else Stage(stage.name, (groups[stage.name],)) for stage in stages
+    ]
 
 
 def _expert_stages(
@@ -84,7 +86,9 @@ def _expert_stages(
 
     def point(kind: str, _: dict[Group, torch.Tensor]) -> None:
         columns = experts.names[:2] if kind == "in" else experts.names[2:]
-        groups = [tuple(f"{path}.{i}.{c}" for c in columns if f"{path}.{i}.{c}" in wanted) for i in range(experts.count)]
+        groups = [
+            tuple(f"{path}.{i}.{c}" for c in columns if f"{path}.{i}.{c}" in wanted) for i in range(experts.count)
+        ]
         stages.append(Stage(f"{path}:{kind}", tuple(group for group in groups if group)))
 
     return point

@@ -39,7 +39,7 @@ class ActivationStore:
         """Write ``states`` ``[n, seq_len, hidden]`` as samples ``first .. first + n - 1``."""
         states = states.detach().to("cpu", self.dtype).contiguous()
         raw = states.view(torch.uint16).numpy() if self.dtype is torch.bfloat16 else states.numpy()
-        view = memoryview(raw).cast("B")
+        view = memoryview(raw.data).cast("B")
         offset = first * self._sample_bytes
         try:
             while view:
@@ -55,7 +55,7 @@ class ActivationStore:
         """Samples ``first .. first + count - 1`` as ``[count, seq_len, hidden]`` in the store's dtype."""
         count = min(count, self.shape[0] - first)
         buffer = np.empty((count, *self.shape[1:]), dtype=_NUMPY[self.dtype])
-        view = memoryview(buffer).cast("B")
+        view = memoryview(buffer.data).cast("B")
         offset = first * self._sample_bytes
         while view:
             done = os.preadv(self._fd, [view], offset)

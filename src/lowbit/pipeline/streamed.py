@@ -171,7 +171,9 @@ class StreamedModel:
 
     def head_names(self) -> list[str]:
         """Stored name of the output head, whether or not it is tied to the embedding."""
-        return [] if self._head_name is None else [self.stored_name(f"{self._head_name}.weight").removesuffix(".weight")]
+        return (
+            [] if self._head_name is None else [self.stored_name(f"{self._head_name}.weight").removesuffix(".weight")]
+        )
 
     def shell_bytes(self) -> int:
         """Memory that norms, position tables and the like outside the blocks take."""
@@ -247,7 +249,9 @@ class StreamedModel:
         try:
             tensor = read_dense(self.checkpoint, self.plan, stored)
         except KeyError:
-            raise CheckpointError(f"{self.checkpoint.path}: tensor {stored} is missing: is the download complete?") from None
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {stored} is missing: is the download complete?"
+            ) from None
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{self.checkpoint.path}: tensor {stored} has values that are not finite")
         return tensor.to(self.device, self.dtype)
@@ -388,4 +392,3 @@ def _find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
         )
     name, blocks = outer[0]
     return name, list(blocks)
-
