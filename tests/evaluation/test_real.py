@@ -9,6 +9,14 @@ import pytest
 
 from lowbit.calibration import encode_text, load_tokenizer
 from lowbit.evaluation.evaluate import evaluate
+from lowbit.evaluation.summary import continuation
+
+
+def test_a_token_keeps_the_space_in_front_of_its_word(shared: Path) -> None:
+    tokenizer = load_tokenizer(shared / "models" / "stories260K")
+    before, word = (encode_text(text, "t", tokenizer).ids.tolist() for text in ("Once upon", "Once upon a time"))
+    assert continuation(tokenizer, before, word[len(before) :]) == " a time"
+    assert tokenizer.decode(word[len(before) :]) == "a time"
 
 
 @pytest.mark.slow

@@ -94,15 +94,23 @@ def _worst(index: int, own: TokenScores, base: TokenScores, windows: Windows, to
     window, position = (int(value) for value in own.where[index])
     ids = windows.ids[window].tolist()
     length = int(windows.counted[window].nonzero().max()) + 1
+    before = ids[max(0, position - _BEFORE) : position]
+    after = ids[position + 1 : min(length, position + 1 + _AFTER)]
     return WorstToken(
         window=window,
         position=position,
         divergence=float(own.divergence[index]) if own.divergence is not None else 0.0,
-        before=tokenizer.decode(ids[max(0, position - _BEFORE) : position]),
-        token=tokenizer.decode([ids[position]]),
-        after=tokenizer.decode(ids[position + 1 : min(length, position + 1 + _AFTER)]),
+        before=tokenizer.decode(before),
+        token=continuation(tokenizer, before, [ids[position]]),
+        after=continuation(tokenizer, [*before, ids[position]], after),
         reference_probability=math.exp(-float(base.nll[index])),
         probability=math.exp(-float(own.nll[index])),
-        reference_choice=tokenizer.decode([int(base.choice[index])]),
-        choice=tokenizer.decode([int(own.choice[index])]),
+        reference_choice=continuation(tokenizer, before, [int(base.choice[index])]),
+        choice=continuation(tokenizer, before, [int(own.choice[index])]),
     )
+
+
+def continuation(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that ``ids`` add to ``before``: decoded alone, a token would lose the space in front of a word."""
+    head, whole = tokenizer.decode(before), tokenizer.decode([*before, *ids])
+    return whole[len(head) :] if whole.startswith(head) and len(whole) > len(head) else tokenizer.decode(ids)
