@@ -27,13 +27,14 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from lowbit.evaluation.certify import quantize
     from lowbit.evaluation.evaluate import evaluate
     from lowbit.evaluation.inspect import Inspection
     from lowbit.evaluation.inspect import inspect_checkpoint as inspect
     from lowbit.evaluation.results import Evaluation
     from lowbit.evaluation.verify import Verification
     from lowbit.evaluation.verify import verify_checkpoint as verify
-    from lowbit.pipeline.quantize import QuantizeResult, quantize
+    from lowbit.pipeline.quantize import QuantizeResult
 
 __version__ = "0.1.0"
 
@@ -74,7 +75,7 @@ _ORIGINS = {
     "convert": ("lowbit.codecs.conversion", "convert_checkpoint"),
     "evaluate": ("lowbit.evaluation.evaluate", "evaluate"),
     "inspect": ("lowbit.evaluation.inspect", "inspect_checkpoint"),
-    "quantize": ("lowbit.pipeline.quantize", "quantize"),
+    "quantize": ("lowbit.evaluation.certify", "quantize"),
     "verify": ("lowbit.evaluation.verify", "verify_checkpoint"),
 }
 

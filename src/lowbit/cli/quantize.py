@@ -61,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--samples", type=positive, default=128, metavar="N", help="sequences (default: 128)")
     data.add_argument("--seq-len", type=positive, default=2048, metavar="N", help="tokens in each (default: 2048)")
     data.add_argument("--seed", type=int, default=42, metavar="N", help="of the choice of text (default: 42)")
+    data.add_argument(
+        "--certify-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="held-out tokens to measure the result on, against the source (default: 4096; 0: no certificate)",
+    )
     running = parser.add_argument_group("running")
     add_compute_arguments(running)
     again = running.add_mutually_exclusive_group()
@@ -74,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize and say what was written."""
-    from lowbit.pipeline.quantize import quantize
+    from lowbit.evaluation.certify import quantize
 
     progress = create_progress(quiet=arguments.quiet)
     try:
@@ -92,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             samples=arguments.samples,
             seq_len=arguments.seq_len,
             seed=arguments.seed,
+            certify_tokens=arguments.certify_tokens,
             recipe=arguments.recipe,
             skip=arguments.skip,
             device=arguments.device,
@@ -124,6 +132,13 @@ def summary(result: QuantizeResult) -> dict[str, str]:
         "size": f"{human_bytes(result.size_bytes)}, {share:.0%} of the source's {human_bytes(result.source_bytes)}",
         "time": f"{human_seconds(result.seconds)}, peak memory {human_bytes(result.peak_memory_bytes)}",
     }
+    if result.quality is not None:
+        quality = result.quality
+        lines["proved"] = (
+            f"perplexity {quality['perplexity']:.4g} against {quality['reference_perplexity']:.4g}, "
+            f"KL divergence {quality['kl_divergence']:.4g} nats, top-1 agreement {quality['top1_agreement']:.1%} "
+            f"on {quality['tokens']:,} tokens ({quality['text']})"
+        )
     if result.calibration is not None:
         lines["calibrated on"] = f"{result.calibration['name']}, {result.calibration['tokens']:,} tokens"
     return lines

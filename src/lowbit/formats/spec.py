@@ -1,4 +1,4 @@
-"""Number-format specs: small frozen values that say how a weight matrix is stored, and nothing about how it got there."""
+"""Number-format specs: small frozen values that say how a weight matrix is stored, not how it got there."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class QuantizedTensor:
         zero: torch.Tensor | float = float(self.spec.midpoint)
         scales = self.scales.float()
         if self.spec.group_size > 0 and self.group_index is None and self.shape[1] % self.spec.group_size == 0:
-            grouped = self.codes.float().unflatten(1, (-1, self.spec.group_size))
+            grouped = self.codes.float().view(self.shape[0], -1, self.spec.group_size)
             if self.zero_points is not None:
                 zero = self.zero_points.float()[:, :, None]
             return ((grouped - zero) * scales[:, :, None]).flatten(1).to(dtype)
@@ -60,7 +60,7 @@ class QuantizedTensor:
         return ((self.codes.float() - zero) * scales[:, groups]).to(dtype)
 
     def validate(self, name: str) -> None:
-        """Raise :class:`NumericsError` naming ``name`` if shapes disagree, a code is out of range or a scale not finite."""
+        """Raise :class:`NumericsError` naming ``name`` for shapes, codes or scales that cannot be."""
         rows, columns = self.shape
         groups = self.spec.groups(columns)
         expected = (1, 1) if self.spec.group_size == PER_TENSOR else (rows, groups)
@@ -78,6 +78,6 @@ class QuantizedTensor:
         if not bool(torch.isfinite(self.scales).all()):
             raise NumericsError(f"{name}: a scale is not finite")
         if self.group_index is not None and not (
-            0 <= int(self.group_index.min()) and int(self.group_index.max()) < groups
+            int(self.group_index.min()) >= 0 and int(self.group_index.max()) < groups
         ):
             raise NumericsError(f"{name}: g_idx names a group outside 0..{groups - 1}")

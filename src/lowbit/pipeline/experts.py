@@ -51,9 +51,9 @@ class UnfusedExperts(nn.Module):
             if bool((top_k_index == index).any())
         }
         if self.stage_point is not None:
-            inputs: dict[tuple[str, ...], torch.Tensor] = {
-                (f"{i}.{gate}", f"{i}.{up}"): hidden[tokens] for i, (tokens, _) in chosen.items()
-            }
+            inputs: dict[tuple[str, ...], torch.Tensor] = {}
+            for i, (tokens, _) in chosen.items():
+                inputs[f"{i}.{gate}", f"{i}.{up}"] = hidden[tokens]
             self.stage_point("in", inputs)
             del inputs
         middle = {}

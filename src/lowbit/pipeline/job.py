@@ -39,7 +39,7 @@ class Settings:
     """What a user can ask of :func:`lowbit.quantize`.
 
     ``memory`` is the budget in bytes (default: half of what is free); ``calibration`` a file, preset, hub data set or
-    ``self``; ``target`` an engine such as ``vllm==0.32``; ``held_out_tokens`` of the calibration text are kept out of it.
+    ``self``; ``target`` an engine such as ``vllm==0.32``; ``held_out_tokens`` are kept out of the calibration text.
     """
 
     scheme: str | None = None
@@ -201,6 +201,8 @@ def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterat
         allow_pickle=settings.allow_pickle,
         trust_remote_code=settings.trust_remote_code,
     ) as checkpoint:
+        if out.resolve() == checkpoint.path.resolve():
+            raise UsageError(f"{out}: is the source itself: choose another output directory")
         device = _device(settings.device)
         stored = model_dtype(checkpoint)
         dtype = stored if device.type == "cuda" and stored is torch.bfloat16 else torch.float32

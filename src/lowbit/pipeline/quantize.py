@@ -32,6 +32,7 @@ class QuantizeResult:
     is the certificate, once measured.
     """
 
+    source: Path
     out: Path
     format: str
     method: str
@@ -81,6 +82,7 @@ def quantize(
         target = Path(out)
         weights = sum(report.weights for report in reports)
         return QuantizeResult(
+            source=job.checkpoint.path,
             out=target,
             format=job.codec.name,
             method=job.recipe.method,
@@ -206,9 +208,8 @@ def _notes(reports: Sequence[ModuleReport]) -> list[str]:
             f"(first: {starved[0]}): more or more varied --samples reach them"
         )
     if raised := [r for r in reports if r.damping is not None and r.damping > 0.0101]:
-        notes.append(
-            f"{len(raised)} modules needed more damping than asked for (most: {max(r.damping or 0 for r in raised):.3f})"
-        )
+        most = max(report.damping or 0 for report in raised)
+        notes.append(f"{len(raised)} modules needed more damping than asked for (most: {most:.3f})")
     if dropped := sum(report.dropped for report in reports):
         notes.append(f"{dropped} calibration rows were not finite and were left out")
     return notes

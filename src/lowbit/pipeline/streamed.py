@@ -68,7 +68,7 @@ class _Embedding(nn.Module):
 
 
 class _Head(nn.Module):
-    """The output head in its stored precision, read when first used and computed a slice of the vocabulary at a time."""
+    """The output head in its stored precision, read when first used, computed a slice of the vocabulary at a time."""
 
     def __init__(self, owner: StreamedModel, weight: str, bias: str | None) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class StreamedModel:
             raise CheckpointError(f"{self.checkpoint.path}: tensor {embedding} is missing: is the download complete?")
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Stored name to ``(out_features, in_features)`` of every linear inside the blocks, in execution order of blocks."""
+        """Stored name to ``(out_features, in_features)`` of every linear inside the blocks."""
         return {
             self.stored_name(f"{prefix}.{name}"): (module.out_features, module.in_features)
             for prefix, block in zip(self.block_names, self._blocks, strict=True)
@@ -180,7 +180,7 @@ class StreamedModel:
         return sum(p.numel() * p.itemsize for p in self.model.parameters() if p.device.type != "meta")
 
     def shell_names(self) -> list[str]:
-        """Stored names of the tensors outside the blocks (embedding, final norm, head), and of any the model ignores."""
+        """Stored names of the tensors outside the blocks, those that the model ignores among them."""
         prefixes = tuple(f"{self.stored_name(name)}." for name in self.block_names)
         return [name for name in self.checkpoint.tensors if not name.startswith(prefixes)]
 
@@ -292,7 +292,7 @@ class StreamedModel:
                 raise UnsupportedError(f"{self.config.model_type}: blocks are called with positional arguments")
             self._captured.append(kwargs)
             return hidden
-        return self._captured if index == 0 else hidden  # type: ignore[no-any-return]
+        return self._captured if index == 0 else hidden
 
     @contextmanager
     def _running(self, mode: str, value: Any) -> Iterator[None]:
