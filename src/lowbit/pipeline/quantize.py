@@ -72,12 +72,14 @@ def quantize(
     started = time.perf_counter()
     progress = progress or Silent()
     with plan_job(source, Path(out), settings) as job, torch.no_grad():
+        for note in job.notes:
+            progress.message(note)
         with PartialCheckpoint.create(Path(out), job.fingerprint, resume=resume, overwrite=overwrite) as partial:
             reports = _reports(Path(out)) if partial.finished else _run(job, partial, progress)
-            notes = [*job.notes, *_notes(reports)]
+            found = _notes(reports)
             if not partial.finished:
                 _finish(job, partial, reports)
-        for note in notes:
+        for note in found:
             progress.message(note)
         target = Path(out)
         weights = sum(report.weights for report in reports)
@@ -94,7 +96,7 @@ def quantize(
             seconds=time.perf_counter() - started,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             calibration=job.calibration_record(),
-            notes=tuple(notes),
+            notes=(*job.notes, *found),
             held_out=job.held_out,
         )
 
