@@ -48,7 +48,7 @@ class Effort:
     max_tokens: int
 
 
-FULL = Effort(samples=128, seq_len=512, max_tokens=32768)
+FULL = Effort(samples=64, seq_len=512, max_tokens=32768)
 QUICK = Effort(samples=16, seq_len=256, max_tokens=4096)
 
 
@@ -143,7 +143,7 @@ def compare(models: list[Quantized], effort: Effort, progress: Progress) -> Comp
     candidates = []
     for model, evaluation in zip(models, results, strict=True):
         update_quality(model.directory, evaluation.certificate())
-        errors = {module["name"]: module["error"] for module in model.result["modules"] if module["error"] is not None}
+        errors = {module["name"]: module["error"] for module in model.result["modules"] if "error" in module}
         candidates.append(
             Candidate(
                 name=f"{model.method.upper()} {model.bits} bit",
