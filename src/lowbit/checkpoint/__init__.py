@@ -6,7 +6,7 @@ from lowbit.checkpoint.files import FileRecord, hash_file, read_json_object, wri
 from lowbit.checkpoint.location import locate
 from lowbit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, update_quality, write_manifest
 from lowbit.checkpoint.safetensors import TensorInfo, read_header, write_safetensors
-from lowbit.checkpoint.writer import PartialCheckpoint, partial_path
+from lowbit.checkpoint.writer import PartialCheckpoint, check_output, partial_path
 
 __all__ = [
     "MANIFEST_NAME",
@@ -16,6 +16,7 @@ __all__ = [
     "ModelDescription",
     "PartialCheckpoint",
     "TensorInfo",
+    "check_output",
     "hash_file",
     "locate",
     "open_checkpoint",

@@ -44,7 +44,7 @@ from lowbit.checkpoint.manifest import MANIFEST_NAME, Manifest, write_manifest
 from lowbit.checkpoint.safetensors import TensorInfo, layout, read_header, read_tensor, write_safetensors
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 
-__all__ = ["PartialCheckpoint", "partial_path"]
+__all__ = ["PartialCheckpoint", "check_output", "partial_path"]
 
 SHARD_BYTES = 5_000_000_000
 """Default size at which the weights are split over several files."""
@@ -58,6 +58,19 @@ def partial_path(out: Path) -> Path:
     """The working directory that belongs to ``out``."""
     out = out.resolve()
     return out.with_name(out.name + ".partial")
+
+
+def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """What :meth:`PartialCheckpoint.create` refuses whatever the run is: to be asked before any long work.
+
+    Raises :class:`UsageError`.
+    """
+    out = out.resolve()
+    directory = partial_path(out)
+    run = _read_run(directory)
+    _check_out(out, allowed=overwrite or resume)
+    if run is not None and not (resume or overwrite or _is_committed(out, directory)):
+        raise UsageError(_unfinished(directory, resume))
 
 
 class PartialCheckpoint:

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from lowbit import __version__
-from lowbit.checkpoint import Manifest, PartialCheckpoint, read_manifest
+from lowbit.checkpoint import Manifest, PartialCheckpoint, check_output, read_manifest
 from lowbit.pipeline.block import BlockQuantizer, ModuleReport
 from lowbit.pipeline.job import Job, plan_job
 from lowbit.pipeline.progress import Progress, Silent
@@ -71,6 +71,7 @@ def quantize(
     """
     started = time.perf_counter()
     progress = progress or Silent()
+    check_output(Path(out), resume=resume, overwrite=overwrite)
     with plan_job(source, Path(out), settings) as job, torch.no_grad():
         for note in job.notes:
             progress.message(note)
