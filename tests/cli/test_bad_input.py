@@ -311,7 +311,7 @@ def test_interrupt_hints_at_resume(
     def interrupt(*arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowbit.pipeline.quantize.quantize", interrupt)
+    monkeypatch.setattr("lowbit.evaluation.certify.quantize", interrupt)
     outcome = lowbit("quantize", tiny_llama, tmp_path / "out")
     assert outcome.status == 130
     assert "--resume" in outcome.err

@@ -24,9 +24,15 @@ EXAMPLES = """\
   lowbit demo --out /tmp/report --quick"""
 
 SOURCE = "demo"
+LOWBIT = ("-m", "lowbit")
 METHODS = ("rtn", "gptq", "awq")
 BITS = (4, 3)
 GROUP_SIZE = 128
+PROMPTS = (
+    "def read_lines(path):\n    ",
+    "class Stack:\n    def __init__(self):\n        ",
+    "import os\nimport sys\n\ndef main():\n    ",
+)
 HEADER = (
     "model",
     "bits/weight",
@@ -105,8 +111,8 @@ def quantize_all(out: Path, effort: Effort, progress: Progress, *, overwrite: bo
     for method, bits in jobs:
         directory = out / f"{method}-int{bits}-g{GROUP_SIZE}"
         command = ["quantize", SOURCE, str(directory), "--method", method, "--bits", str(bits)]
-        command += ["--group-size", str(GROUP_SIZE), "--sym", "--calibration", SOURCE, "--json", "--quiet"]
-        command += ["--samples", str(effort.samples), "--seq-len", str(effort.seq_len)]
+        command += ["--group-size", str(GROUP_SIZE), "--sym", "--calibration", SOURCE, "--certify-tokens", "0"]
+        command += ["--json", "--quiet", "--samples", str(effort.samples), "--seq-len", str(effort.seq_len)]
         result = run_lowbit([*command, *(["--overwrite"] if overwrite else [])])
         models.append(Quantized(directory, method, bits, result))
         progress.advance(directory.name, seconds=f"{result['seconds']:.1f}")
@@ -116,7 +122,7 @@ def quantize_all(out: Path, effort: Effort, progress: Progress, *, overwrite: bo
 
 def run_lowbit(arguments: list[str]) -> dict[str, Any]:
     """Run a verb in a new interpreter and return its JSON; its error becomes ours."""
-    done = subprocess.run([sys.executable, "-m", "lowbit", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *LOWBIT, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         message = lines[-1].removeprefix("lowbit: error: ") if lines else ""
@@ -131,7 +137,8 @@ def compare(models: list[Quantized], effort: Effort, progress: Progress) -> Comp
     """Evaluate every model against the original on text that it was neither trained nor calibrated on."""
     from lowbit.checkpoint import update_quality
     from lowbit.evaluation.evaluate import evaluate_all
-    from lowbit.evaluation.results import Candidate, Comparison
+    from lowbit.evaluation.results import Candidate, Comparison, Sample
+    from lowbit.evaluation.samples import continuations
 
     results = evaluate_all(
         [model.directory for model in models],
@@ -155,9 +162,20 @@ def compare(models: list[Quantized], effort: Effort, progress: Progress) -> Comp
                 module_errors=errors,
             )
         )
+    progress.message("Writing samples")
+    written = {SOURCE: continuations(SOURCE, PROMPTS)}
+    written |= {
+        candidate.name: continuations(model.directory, PROMPTS)
+        for candidate, model in zip(candidates, models, strict=True)
+        if model.bits == BITS[0]
+    }
     return Comparison(
         title="lowbit demo: the embedded model, quantized",
         candidates=tuple(candidates),
+        samples=tuple(
+            Sample(prompt, {name: texts[index] for name, texts in written.items()})
+            for index, prompt in enumerate(PROMPTS)
+        ),
         notes=(
             f"Calibrated on {effort.samples} sequences of {effort.seq_len} tokens of the standard library's training "
             "half, evaluated on its held-out modules.",

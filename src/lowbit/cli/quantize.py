@@ -13,7 +13,7 @@ from lowbit.cli.options import (
     add_trust_arguments,
     positive,
 )
-from lowbit.cli.output import human_bytes, human_seconds, print_fields, write_json
+from lowbit.cli.output import human_bytes, human_seconds, plain, print_fields, write_json
 from lowbit.cli.progress import create_progress
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         progress.close()
     if arguments.json:
-        write_json(result)
+        write_json({name: value for name, value in plain(result).items() if name != "held_out"})
     else:
         print_fields(summary(result))
         print(f"next: lowbit eval {result.out} --against {arguments.source}")
