@@ -90,7 +90,7 @@ def factorise(statistics: InputStatistics, options: GptqOptions) -> Factor:
         order = torch.argsort(diagonal, descending=True, stable=True)
     mean = float(diagonal.double().mean()) or 1.0
     damping = options.damping
-    while damping <= 1.0:
+    while True:
         for precision in (torch.float32, torch.float64):
             matrix = _ordered(statistics, order).to(precision)
             ridge = torch.where(dead, mean, damping * mean).to(precision)
@@ -98,8 +98,9 @@ def factorise(statistics: InputStatistics, options: GptqOptions) -> Factor:
             if reverse_cholesky_(matrix):
                 return Factor(matrix.float(), dead, order, damping, precision)
             del matrix
-        damping *= 4
-    raise NumericsError(f"the Gram matrix cannot be factorised even with damping {damping / 4:.3g}: use rtn here")
+        if damping == 1.0:
+            raise NumericsError("the Gram matrix of the inputs cannot be factorised even with damping 1: use rtn here")
+        damping = min(4 * damping, 1.0)
 
 
 def _ordered(statistics: InputStatistics, order: torch.Tensor | None) -> torch.Tensor:
@@ -125,7 +126,10 @@ def solve(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: GptqOpti
         solved = _solve_growing(weight, factor, spec, options)
     else:
         solved = _solve_fixed(weight, factor, spec, options)
-    return Solution(solved, damping=factor.damping)
+    notes: tuple[str, ...] = ()
+    if factor.damping > options.damping:
+        notes = (f"damping raised from {options.damping:g} to {factor.damping:g} for the factorisation to hold",)
+    return Solution(solved, factor.damping, notes)
 
 
 def _solve_growing(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: GptqOptions) -> QuantizedTensor:
