@@ -29,9 +29,9 @@ METHODS = ("rtn", "gptq", "awq")
 BITS = (4, 3)
 GROUP_SIZE = 128
 PROMPTS = (
-    "def read_lines(path):\n    ",
-    "class Stack:\n    def __init__(self):\n        ",
-    "import os\nimport sys\n\ndef main():\n    ",
+    'def count_words(text):\n    """Return a dictionary of words and how often each occurs."""\n',
+    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n',
+    "def read_config(path):\n    with open(path) as file:\n",
 )
 HEADER = (
     "model",
@@ -54,7 +54,7 @@ class Effort:
     max_tokens: int
 
 
-FULL = Effort(samples=64, seq_len=512, max_tokens=32768)
+FULL = Effort(samples=64, seq_len=512, max_tokens=16384)
 QUICK = Effort(samples=16, seq_len=256, max_tokens=4096)
 
 
