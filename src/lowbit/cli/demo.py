@@ -29,9 +29,9 @@ METHODS = ("rtn", "gptq", "awq")
 BITS = (4, 3)
 GROUP_SIZE = 128
 PROMPTS = (
-    'def count_words(text):\n    """Return a dictionary of words and how often each occurs."""\n',
-    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n',
-    "def read_config(path):\n    with open(path) as file:\n",
+    'def count_words(text):\n    """Return a dictionary of words and how often each occurs."""\n    counts =',
+    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self, items=None):\n        self',
+    "def read_config(path):\n    with open(path) as file:\n        for line in file:\n            if",
 )
 HEADER = (
     "model",
