@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from lowbit.planning import free_disk, measure_gemm, probe
+from lowbit.planning import free_disk, measure_gemm, peak_memory, probe
 from lowbit.planning.hardware import cpu_flags, memory_limit
 
 XEON = "processor\t: 0\nmodel name\t: Some Xeon\nflags\t\t: fpu avx2 avx512f avx512_bf16\n\nprocessor\t: 1\n"
@@ -81,3 +83,14 @@ def test_this_machine(tmp_path: Path) -> None:
     assert bool(found.gpus) == torch.cuda.is_available()
     assert free_disk(tmp_path / "not" / "there" / "yet") > 0
     assert measure_gemm(64, seconds=0.0) > 0
+
+
+def test_peak_memory_is_of_this_process_alone(tmp_path: Path) -> None:
+    """A child of a large process does not report its parent's memory."""
+    code = "from lowbit.planning import peak_memory; print(peak_memory())"
+    ballast = bytearray(1 << 30)
+    ballast[::4096] = b"1" * len(ballast[::4096])
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 10 << 20 < child < 1 << 30
+    assert peak_memory() > 1 << 30
+    assert peak_memory(tmp_path) > 1 << 30  # without /proc

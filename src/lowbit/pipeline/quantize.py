@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from lowbit.pipeline.job import Job, plan_job
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.stages import Stage
 from lowbit.pipeline.store import ActivationStore
+from lowbit.planning import peak_memory
 
 TOKENS_PER_FORWARD = 2048
 """Tokens that go through a block at a time: enough for matrix products at full rate."""
@@ -95,7 +95,7 @@ def quantize(
             size_bytes=sum(file.stat().st_size for file in target.glob("*.safetensors")),
             source_bytes=job.checkpoint.total_bytes,
             seconds=time.perf_counter() - started,
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory_bytes=peak_memory(),
             calibration=job.calibration_record(),
             notes=(*job.notes, *found),
             held_out=job.held_out,

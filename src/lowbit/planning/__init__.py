@@ -1,7 +1,7 @@
 """Planning: hardware, cost, tensor parallelism, engine rules, and the preflight that uses them all."""
 
 from lowbit.planning.cost import Prediction, Workload, predict
-from lowbit.planning.hardware import Gpu, Hardware, free_disk, measure_gemm, probe
+from lowbit.planning.hardware import Gpu, Hardware, free_disk, measure_gemm, peak_memory, probe
 from lowbit.planning.modules import PlannedModule
 from lowbit.planning.parallel import ParallelPlan, tensor_parallel
 from lowbit.planning.preflight import Report, Situation, planned, preflight, round_trip
@@ -21,6 +21,7 @@ __all__ = [
     "free_disk",
     "measure_gemm",
     "parse_target",
+    "peak_memory",
     "planned",
     "predict",
     "preflight",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,18 @@ def measure_gemm(size: int = 1024, seconds: float = 0.25, device: str = "cpu") -
         best = min(best, now - start)
         if now >= end:
             return 2.0 * size**3 / best
+
+
+def peak_memory(root: Path = Path("/")) -> int:
+    """The most resident bytes that this process has had.
+
+    ``getrusage`` also counts what the process was forked from, so where there is a ``/proc`` that is asked.
+    """
+    for line in _read(root / "proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def cpu_flags(cpuinfo: str) -> frozenset[str]:
