@@ -31,16 +31,17 @@ def group_extrema(weight: torch.Tensor, spec: IntSpec) -> tuple[torch.Tensor, to
     Both are ``[out, groups]``, per tensor ``[1, 1]``.     Raises :class:`NumericsError` when a weight is not finite.
     """
     rows, columns = weight.shape
+    groups = spec.groups(columns)
     if spec.group_size == PER_TENSOR:
-        low, high = torch.aminmax(weight)
-        low, high = low.reshape(1, 1), high.reshape(1, 1)
-    elif (groups := spec.groups(columns)) == 1:
-        low, high = torch.aminmax(weight, dim=1, keepdim=True)
+        grouped = weight.reshape(1, 1, -1)
+    elif groups == 1:
+        grouped = weight[:, None]
     else:
         # zeros in the padding change nothing: the range includes zero in any case
         padding = groups * spec.group_size - columns
-        padded = F.pad(weight, (0, padding)) if padding else weight
-        low, high = torch.aminmax(padded.reshape(rows, groups, spec.group_size), dim=2)
+        grouped = (F.pad(weight, (0, padding)) if padding else weight).reshape(rows, groups, spec.group_size)
+    # two passes: torch.aminmax takes three times as long
+    low, high = grouped.amin(2), grouped.amax(2)
     if not bool(torch.isfinite(high - low).all()):
         raise NumericsError("a weight is NaN or infinite: the source checkpoint is damaged")
     return low.clamp(max=0.0), high.clamp(min=0.0)

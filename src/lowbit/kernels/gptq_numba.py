@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lowbit.kernels.gptq import Block
-from lowbit.kernels.threads import numba_threads
+from lowbit.kernels.threads import over_rows
 
 __all__ = ["quantize_columns_numba"]
 
@@ -18,23 +18,24 @@ _LANES = 64
 
 def quantize_columns_numba(block: Block, scales: torch.Tensor, zeros: torch.Tensor, first: int, last: int) -> None:
     """Compiled form of :func:`lowbit.kernels.gptq.quantize_columns_reference`, with the same bits as a result."""
-    with numba_threads():
-        _quantize(
-            block.current.numpy(),
-            block.inverse.numpy(),
-            scales.numpy(),
-            zeros.numpy(),
-            block.groups.numpy(),
-            block.codes.numpy(),
-            block.residual.numpy(),
-            np.float32(block.levels - 1),
-            block.start,
-            first,
-            last,
-        )
+    arrays = (
+        block.current.numpy(),
+        block.inverse.numpy(),
+        scales.numpy(),
+        zeros.numpy(),
+        block.groups.numpy(),
+        block.codes.numpy(),
+        block.residual.numpy(),
+        np.float32(block.levels - 1),
+    )
+    over_rows(
+        block.current.shape[0],
+        _LANES,
+        lambda begin, end: _quantize(*arrays, block.start, first, last, begin, end),
+    )
 
 
-@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _quantize(
     current: Any,
     inverse: Any,
@@ -47,17 +48,18 @@ def _quantize(
     start: int,
     first: int,
     last: int,
+    begin: int,
+    end: int,
 ) -> None:
-    rows, width = current.shape
-    for tile_index in numba.prange((rows + _LANES - 1) // _LANES):
-        row = tile_index * _LANES
-        live = min(_LANES, rows - row)
-        tile = np.zeros((width, _LANES), np.float32)
-        value = np.zeros((last - first, _LANES), np.float32)
-        code = np.zeros((last - first, _LANES), np.float32)
-        step = np.ones(_LANES, np.float32)
-        zero = np.zeros(_LANES, np.float32)
-        error = np.zeros(_LANES, np.float32)
+    width = current.shape[1]
+    tile = np.zeros((width, _LANES), np.float32)
+    value = np.zeros((last - first, _LANES), np.float32)
+    code = np.zeros((last - first, _LANES), np.float32)
+    step = np.ones(_LANES, np.float32)
+    zero = np.zeros(_LANES, np.float32)
+    error = np.zeros(_LANES, np.float32)
+    for row in range(begin, end, _LANES):
+        live = min(_LANES, end - row)
         for lane in range(live):
             for column in range(first, width):
                 tile[column, lane] = current[row + lane, column]

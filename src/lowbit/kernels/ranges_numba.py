@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import torch
 
-from lowbit.kernels.threads import numba_threads
+from lowbit.kernels.threads import over_rows
 
 __all__ = ["best_candidate_numba"]
 
@@ -25,31 +25,38 @@ def best_candidate_numba(
 ) -> torch.Tensor:
     """Compiled form of :func:`lowbit.kernels.ranges.best_candidate_reference`; sums in another order."""
     chosen = np.zeros(scales.shape[1:], np.int64)
-    with numba_threads():
-        _search(
-            weight.numpy(),
-            scales.contiguous().numpy(),
-            zeros.contiguous().numpy(),
-            importance.contiguous().numpy(),
-            np.float32(levels - 1),
-            group_size,
-            chosen,
-        )
+    arrays = (
+        weight.numpy(),
+        scales.contiguous().numpy(),
+        zeros.contiguous().numpy(),
+        importance.contiguous().numpy(),
+        np.float32(levels - 1),
+    )
+    over_rows(weight.shape[0], _LANES, lambda begin, end: _search(*arrays, group_size, chosen, begin, end))
     return torch.from_numpy(chosen)
 
 
-@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _search(weight: Any, scales: Any, zeros: Any, importance: Any, top: Any, group_size: int, chosen: Any) -> None:
-    rows, columns = weight.shape
+@numba.njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _search(
+    weight: Any,
+    scales: Any,
+    zeros: Any,
+    importance: Any,
+    top: Any,
+    group_size: int,
+    chosen: Any,
+    begin: int,
+    end: int,
+) -> None:
+    columns = weight.shape[1]
     candidates, _, groups = scales.shape
-    for tile_index in numba.prange((rows + _LANES - 1) // _LANES):
-        row = tile_index * _LANES
-        live = min(_LANES, rows - row)
-        tile = np.zeros((group_size, _LANES), np.float32)
-        step = np.ones(_LANES, np.float32)
-        zero = np.zeros(_LANES, np.float32)
-        loss = np.zeros(_LANES, np.float32)
-        least = np.zeros(_LANES, np.float32)
+    tile = np.zeros((group_size, _LANES), np.float32)
+    step = np.ones(_LANES, np.float32)
+    zero = np.zeros(_LANES, np.float32)
+    loss = np.zeros(_LANES, np.float32)
+    least = np.zeros(_LANES, np.float32)
+    for row in range(begin, end, _LANES):
+        live = min(_LANES, end - row)
         for group in range(groups):
             left = group * group_size
             width = min(group_size, columns - left)

@@ -1,23 +1,37 @@
-"""Lets numba's loops use as many threads as torch does, one caller at a time."""
+"""Runs a compiled loop over rows on as many threads as torch uses.
+
+Plain threads around loops that release the interpreter's lock: numba's own pool would spin beside torch's.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
-import numba
 import torch
 
-__all__ = ["numba_threads"]
-
-# numba's portable threading layer aborts the process when two threads enter parallel loops at once
-_ONE_AT_A_TIME = threading.Lock()
+__all__ = ["over_rows"]
 
 
-@contextmanager
-def numba_threads() -> Iterator[None]:
-    """Hold numba to ``torch.get_num_threads()`` threads inside the ``with`` block."""
-    with _ONE_AT_A_TIME:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        yield
+def over_rows(rows: int, tile: int, loop: Callable[[int, int], None]) -> None:
+    """Call ``loop(begin, end)`` for parts of ``range(rows)`` that start at multiples of ``tile``, in parallel."""
+    threads = torch.get_num_threads()
+    share = -(-rows // (tile * threads)) * tile
+    parts = [(begin, min(begin + share, rows)) for begin in range(0, rows, share)]
+    waiting = [_pool(threads).submit(loop, *part) for part in parts[1:]]
+    for part in parts[:1]:
+        loop(*part)
+    for future in waiting:
+        future.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="lowbit-kernel")
+
+
+if hasattr(os, "register_at_fork"):
+    # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)

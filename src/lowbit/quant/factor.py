@@ -44,7 +44,7 @@ def quadratic_form(rows: torch.Tensor, upper_gram: torch.Tensor, block: int = 51
     """``d G dᵀ`` for each row ``d`` of ``rows`` ``[n, in]``: float64 ``[n]``.
 
     ``G`` is symmetric; only its upper triangle and its diagonal blocks of width ``block`` are read: half the work.
-    ``block`` must divide 1024, the width of the diagonal blocks that statistics keep.
+    ``block`` must divide 512, the width of the diagonal blocks that statistics keep.
     """
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
     size = upper_gram.shape[0]
