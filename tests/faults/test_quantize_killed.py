@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 
 def _command(source: Path, out: Path, text: Path, *extra: str) -> list[str]:
     settings = ["--calibration", str(text), "--samples", "8", "--seq-len", "64", "--group-size", "64"]
-    return [sys.executable, "-m", "lowbit", "quantize", str(source), str(out), *settings, "--certify-tokens", "0", *extra]
+    settings += ["--certify-tokens", "0", *extra]
+    return [sys.executable, "-m", "lowbit", "quantize", str(source), str(out), *settings]
 
 
 def _steps(journal: Path) -> int:

@@ -68,7 +68,7 @@ def test_each_stage_sees_inputs_through_the_weights_solved_before(
         seen: dict[str, list[torch.Tensor]] = {}
         handles = [
             plain.get_submodule(group[0]).register_forward_pre_hook(
-                lambda _, a, name=group[0]: seen.setdefault(name, []).append(a[0].clone())
+                lambda _, a, name=group[0], seen=seen: seen.setdefault(name, []).append(a[0].clone())
             )
             for group in stage.groups
         ]
