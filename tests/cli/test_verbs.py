@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from lowbit.cli import demo
 from lowbit.cli.main import VERBS, build_parser, main
 from lowbit.cli.options import FORMATS, METHODS, parse_bytes
 from lowbit.codecs import CODECS
-from lowbit.errors import LowbitError, ResourceError, UsageError
+from lowbit.errors import UsageError
 from lowbit.quant import METHODS as METHOD_TABLE
 
 SETTINGS = ("--samples", "4", "--seq-len", "64", "--group-size", "64", "--device", "cpu")
@@ -157,22 +156,3 @@ def test_verify_finds_a_changed_bit(quantized: Path, tmp_path: Path, lowbit: Cal
     assert "DAMAGED" in done.out
     values = json.loads(lowbit("verify", copy, "--quiet", "--json").out)
     assert values["ok"] is False
-
-
-def test_demo_passes_an_error_on(tmp_path: Path) -> None:
-    with pytest.raises(LowbitError, match="nothing"):
-        demo.run_lowbit(["inspect", str(tmp_path / "nothing")])
-
-
-def test_demo_says_when_a_process_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.sys, "executable", "/bin/sh")
-    monkeypatch.setattr(demo, "LOWBIT", ("-c", "kill -9 $$"))
-    with pytest.raises(ResourceError, match="signal 9"):
-        demo.run_lowbit(["inspect"])
-
-
-def test_demo_refuses_a_file(tmp_path: Path, lowbit: Callable[..., Any]) -> None:
-    (tmp_path / "file").write_text("")
-    done = lowbit("demo", "--out", tmp_path / "file")
-    assert done.status == 2
-    assert "is a file" in done.err

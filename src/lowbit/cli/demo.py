@@ -24,6 +24,7 @@ EXAMPLES = """\
   lowbit demo --out /tmp/report --quick"""
 
 SOURCE = "demo"
+TEXT = "demo"
 LOWBIT = ("-m", "lowbit")
 METHODS = ("rtn", "gptq", "awq")
 BITS = (4, 3)
@@ -111,7 +112,7 @@ def quantize_all(out: Path, effort: Effort, progress: Progress, *, overwrite: bo
     for method, bits in jobs:
         directory = out / f"{method}-int{bits}-g{GROUP_SIZE}"
         command = ["quantize", SOURCE, str(directory), "--method", method, "--bits", str(bits)]
-        command += ["--group-size", str(GROUP_SIZE), "--sym", "--calibration", SOURCE, "--certify-tokens", "0"]
+        command += ["--group-size", str(GROUP_SIZE), "--sym", "--calibration", TEXT, "--certify-tokens", "0"]
         command += ["--json", "--quiet", "--samples", str(effort.samples), "--seq-len", str(effort.seq_len)]
         result = run_lowbit([*command, *(["--overwrite"] if overwrite else [])])
         models.append(Quantized(directory, method, bits, result))
@@ -143,7 +144,7 @@ def compare(models: list[Quantized], effort: Effort, progress: Progress) -> Comp
     results = evaluate_all(
         [model.directory for model in models],
         against=SOURCE,
-        text=SOURCE,
+        text=TEXT,
         max_tokens=effort.max_tokens,
         progress=progress,
     )
@@ -163,7 +164,7 @@ def compare(models: list[Quantized], effort: Effort, progress: Progress) -> Comp
             )
         )
     progress.message("Writing samples")
-    written = {SOURCE: continuations(SOURCE, PROMPTS)}
+    written = {results[0].reference or SOURCE: continuations(SOURCE, PROMPTS)}
     written |= {
         candidate.name: continuations(model.directory, PROMPTS)
         for candidate, model in zip(candidates, models, strict=True)
