@@ -126,6 +126,7 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress) -> list[Modul
         partial.commit_part(index + 1, block.tensors(), {"modules": [r.to_json() for r in block.reports]})
         reports += block.reports
         progress.advance(name, **_fields(job, block.reports, time.perf_counter() - began))
+        del block  # so that two blocks are never in memory at once
     progress.close()
     if stores is not None:
         for store in stores:
