@@ -103,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--stdlib", type=Path, help="standard library to read (default: the running Python's)")
+    parser.add_argument("--init", type=Path, help="go on from this checkpoint instead of random weights")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--ffn", type=int, default=512)
     parser.add_argument("--layers", type=int, default=5)
@@ -124,7 +125,10 @@ def main() -> None:
     autocast = device == "cuda"
 
     train_texts = [text for _, text in sources(args.stdlib, held_out=False)]
-    tokenizer = train_tokenizer(train_texts, args.vocab)
+    if args.init is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+    else:
+        tokenizer = train_tokenizer(train_texts, args.vocab)
     stream = torch.from_numpy(encode(tokenizer, train_texts))
     held_out = torch.from_numpy(encode(tokenizer, [text for _, text in sources(args.stdlib, held_out=True)]))
     print(f"{len(stream):,} training tokens, {len(held_out):,} held out, {device}", flush=True)
@@ -144,13 +148,16 @@ def main() -> None:
         eos_token_id=1,
         pad_token_id=2,
     )
-    model = LlamaForCausalLM(config).to(device)
+    model, curve, before = LlamaForCausalLM(config).to(device), [], 0
+    if args.init is not None:
+        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).to(device)
+        record = json.loads((args.init / "training.json").read_text())
+        curve, before = record["curve"], record["tokens_seen"]
     forward = torch.compile(model) if args.compile else model
     optimizers = build_optimizers(model, args.lr)
 
-    curve: list[dict[str, float]] = []
     started, loss_sum, loss_count, step = time.time(), 0.0, 0, 0
-    warmup, every = 100, max(1, args.steps // args.evaluations)
+    warmup, every = 50, max(1, args.steps // args.evaluations)
     progress = 0.0
     while progress < 1.0:
         progress = max(step / args.steps, (time.time() - started) / (60 * args.minutes))
@@ -171,7 +178,7 @@ def main() -> None:
             loss_sum, loss_count = loss_sum + loss.item(), loss_count + 1
         if step % every == 0 or progress >= 1.0:
             point = {
-                "step": step,
+                "tokens": before + step * args.batch * args.length,
                 "train_loss": loss_sum / max(1, loss_count),
                 "held_out_perplexity": perplexity(model, held_out, args.length, device, autocast),
                 "seconds": time.time() - started,
@@ -179,14 +186,14 @@ def main() -> None:
             loss_sum, loss_count = 0.0, 0
             curve.append(point)
             print(json.dumps(point), flush=True)
-            save(args.out, model, tokenizer, {"tokens_seen": step * args.batch * args.length, "curve": curve})
+            save(args.out, model, tokenizer, {"tokens_seen": before + step * args.batch * args.length, "curve": curve})
 
     model = model.to(torch.bfloat16).to(torch.float32)
     final = perplexity(model, held_out, args.length, device, False)
     record = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": len(stream),
-        "tokens_seen": step * args.batch * args.length,
+        "tokens_seen": before + step * args.batch * args.length,
         "held_out_modules": list(HELD_OUT),
         "held_out_tokens": len(held_out),
         "held_out_perplexity_bf16_weights": final,
