@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TextIO
 
 import psutil
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from lowbit.cli.output import human_bytes, human_seconds
 from lowbit.pipeline.progress import Progress, Silent
@@ -114,12 +115,24 @@ class PlainProgress:
         print(text, file=self._stream, flush=True)
 
 
+class _TwoLines(Bar):
+    """A bar with a line of figures below it, so that a narrow terminal cuts off neither."""
+
+    detail = Text()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, then the figures."""
+        yield self.make_tasks_table(self.tasks)
+        if self.detail:
+            yield self.detail
+
+
 class RichProgress:
-    """A live bar: units done, the current module, its figures, memory and the time left."""
+    """A live bar: units done, the time taken and left; below it the current module, its figures and memory."""
 
     def __init__(self, stream: TextIO) -> None:
         self._console = Console(file=stream)
-        self._bar: Bar | None = None
+        self._bar: _TwoLines | None = None
         self._task = TaskID(0)
         self._pace = Pace(0)
 
@@ -127,14 +140,15 @@ class RichProgress:
         """Show a new bar; one that is still open is closed first."""
         self.close()
         self._pace = Pace(total)
-        self._bar = Bar(
+        self._bar = _TwoLines(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self._console,
         )
-        self._task = self._bar.add_task(title, total=total, detail="")
+        self._task = self._bar.add_task(title, total=total, left="")
         self._bar.start()
 
     def advance(self, module: str, **fields: float | str) -> None:
@@ -142,11 +156,11 @@ class RichProgress:
         if self._bar is None:
             return
         self._pace.done += 1
-        parts = [f"[cyan]{module}[/cyan]"]
-        parts.append(show_fields({"memory": memory_in_use(), **fields}))
         left = self._pace.time_left()
-        parts.append(f"{human_seconds(left)} left" if left else human_seconds(self._pace.elapsed))
-        self._bar.update(self._task, advance=1, detail=" · ".join(parts))
+        self._bar.detail = Text(
+            f"  {module} · {show_fields({'memory': memory_in_use(), **fields})}", overflow="ellipsis"
+        )
+        self._bar.update(self._task, advance=1, left=f"{human_seconds(left)} left" if left else "")
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""
