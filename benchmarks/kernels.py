@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from lowbit.formats import IntSpec
-from lowbit.formats.integer import SHRINK
+from lowbit.formats.integer import SEARCH_STEPS
 from lowbit.quant import (
     AwqOptions,
     GptqOptions,
@@ -84,7 +84,7 @@ def main() -> None:
     statistics = InputStatistics(columns)
     inputs = correlated(tokens, columns)
     show("Gram matrix", tokens * columns**2, lambda: statistics.add(inputs), 1)
-    clip_operations = len(SHRINK) * 2 * rows * columns * group
+    clip_operations = SEARCH_STEPS * 2 * rows * columns * group
     for method, operations in (("minmax", 0), ("mse", 0), ("gram", clip_operations)):
         options = RtnOptions("minmax" if method == "minmax" else "mse" if method == "mse" else "gram")
         round_to_nearest(weight[:64], statistics, spec, options)

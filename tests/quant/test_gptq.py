@@ -63,13 +63,13 @@ def naive_gptq(weight: torch.Tensor, inputs: torch.Tensor, spec: IntSpec, option
 
 
 CASES = [
-    (IntSpec(4, 32, True), GptqOptions(range_method="minmax")),
-    (IntSpec(4, 32, True), GptqOptions(block_size=16)),
-    (IntSpec(3, 24, False), GptqOptions(range_method="minmax", block_size=50)),
-    (IntSpec(3, 40, False), GptqOptions(block_size=40)),
-    (IntSpec(2, 96, False), GptqOptions(block_size=32, damping=0.1)),
-    (IntSpec(4, PER_CHANNEL, True), GptqOptions(block_size=32)),
-    (IntSpec(4, PER_TENSOR, False), GptqOptions(range_method="minmax")),
+    (IntSpec(4, 32, True), GptqOptions(ordering="none", range_method="minmax")),
+    (IntSpec(4, 32, True), GptqOptions(ordering="none", block_size=16)),
+    (IntSpec(3, 24, False), GptqOptions(ordering="none", range_method="minmax", block_size=50)),
+    (IntSpec(3, 40, False), GptqOptions(ordering="none", block_size=40)),
+    (IntSpec(2, 96, False), GptqOptions(ordering="none", block_size=32, damping=0.1)),
+    (IntSpec(4, PER_CHANNEL, True), GptqOptions(ordering="none", block_size=32)),
+    (IntSpec(4, PER_TENSOR, False), GptqOptions(ordering="none", range_method="minmax")),
     (IntSpec(4, 32, True), GptqOptions(ordering="static", range_method="minmax", block_size=40)),
     (IntSpec(3, 24, False), GptqOptions(ordering="static")),
     (IntSpec(4, PER_CHANNEL, False), GptqOptions(ordering="static", block_size=64)),
@@ -107,7 +107,7 @@ def test_block_size_changes_nothing_but_rounding_noise(problems: Any) -> None:
     spec = IntSpec(4, 60)
     errors = []
     for block_size in (11, 60, 128, 1000):
-        options = GptqOptions(block_size=block_size)
+        options = GptqOptions(ordering="none", block_size=block_size)
         solved = solve_gptq(problem.weight, factorise(problem.statistics, options), spec, options).tensor
         errors.append(problem.forward_error(solved.dequantize()))
     assert max(errors) < 1.05 * min(errors)

@@ -26,7 +26,7 @@ def best_candidate_numba(
     """Compiled form of :func:`lowbit.kernels.ranges.best_candidate_reference`; sums in another order."""
     chosen = np.zeros(scales.shape[1:], np.int64)
     arrays = (
-        weight.numpy(),
+        weight.contiguous().numpy(),
         scales.contiguous().numpy(),
         zeros.contiguous().numpy(),
         importance.contiguous().numpy(),

@@ -26,7 +26,8 @@ from lowbit.quant.statistics import InputStatistics
 
 __all__ = ["AwqOptions", "AwqScaling", "search_scales", "solve"]
 
-_UNCLIPPED = re.compile(r"q_|k_|query|key|Wqkv|qkv")
+_CACHED_ROWS = 256
+_QUERY_KEY = re.compile(r"q_|k_|query|key|Wqkv|qkv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +37,16 @@ class AwqOptions:
     ``steps``        ratios ``0, 1/steps, …`` that may be chosen; every other one is tried first, then the neighbours
                      of the best
     ``duo_scaling``  whether the magnitude of the weights takes part in the scales
-    ``clip``         whether ranges are searched; query and key projections keep theirs, as in the original
+    ``clip``         whether ranges are searched, by the output error that each group causes alone
+    ``clip_query_key``  whether those of query and key projections are, too; the original leaves them, but with the
+                     Gram matrix in its measure the search helps there as well
     ``rows``         about how many output features, evenly spaced, stand for all in the scale search (0: all)
     """
 
     steps: int = 20
     duo_scaling: bool = True
     clip: bool = True
+    clip_query_key: bool = True
     rows: int = 512
 
     def __post_init__(self) -> None:
@@ -76,7 +80,7 @@ def search_scales(
     limit = None if options.rows == 0 else max(1, options.rows // len(weights))
     parts = [weight[spaced_rows(weight.shape[0], limit)].float().contiguous() for weight in weights]
     inputs = statistics.abs_mean
-    magnitude = _weight_magnitude(parts, spec) if options.duo_scaling else None
+    magnitude = _weight_magnitude(weights, spec) if options.duo_scaling else None
     errors: dict[int, float] = {}
 
     def scales_at(step: int) -> torch.Tensor:
@@ -100,8 +104,8 @@ def search_scales(
 def solve(
     weight: torch.Tensor, statistics: InputStatistics | None, spec: IntSpec, options: AwqOptions, *, name: str = ""
 ) -> Solution:
-    """Round ``weight`` (already scaled) with searched ranges; query and key projections, by ``name``, keep theirs."""
-    clip = options.clip and not _UNCLIPPED.match(name.rpartition(".")[2])
+    """Round ``weight`` (already scaled), its ranges searched; ``name`` tells query and key projections."""
+    clip = options.clip and (options.clip_query_key or not _QUERY_KEY.match(name.rpartition(".")[2]))
     return round_to_nearest(weight, statistics, spec, RtnOptions("gram" if clip else "minmax"))
 
 
@@ -115,15 +119,15 @@ def _error(parts: Sequence[torch.Tensor], scales: torch.Tensor, statistics: Inpu
     return total
 
 
-def _weight_magnitude(parts: Sequence[torch.Tensor], spec: IntSpec) -> torch.Tensor:
-    """float32 ``[in]``: mean over rows of ``|w|`` relative to the largest in its group."""
-    columns = parts[0].shape[1]
+def _weight_magnitude(weights: Sequence[torch.Tensor], spec: IntSpec) -> torch.Tensor:
+    """float32 ``[in]``: mean over all rows of ``|w|`` relative to the largest in its group."""
+    columns = weights[0].shape[1]
     size = spec.group_size if spec.group_size > 0 and columns % spec.group_size == 0 else columns
-    total = torch.zeros_like(parts[0][0])
-    for part in parts:
-        groups = part.abs().reshape(part.shape[0], -1, size)
+    total = torch.zeros(columns, device=weights[0].device)
+    for part in (part for weight in weights for part in torch.split(weight, _CACHED_ROWS)):
+        groups = part.float().abs().reshape(part.shape[0], -1, size)
         total += (groups / groups.amax(2, keepdim=True).clamp_min(1e-12)).sum(0).flatten()
-    return total / sum(part.shape[0] for part in parts)
+    return total / sum(weight.shape[0] for weight in weights)
 
 
 def _scales(inputs: torch.Tensor, magnitude: torch.Tensor | None, ratio: float) -> torch.Tensor:

@@ -46,7 +46,7 @@ class GptqOptions:
 
     damping: float = 0.01
     block_size: int = 128
-    ordering: Literal["none", "static"] = "none"
+    ordering: Literal["none", "static"] = "static"
     range_method: Literal["minmax", "mse"] = "mse"
 
     def __post_init__(self) -> None:

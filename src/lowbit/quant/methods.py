@@ -55,7 +55,7 @@ class Method:
         """Quantize ``weight`` float ``[out, in]`` (left unchanged); options of another method count as none given.
 
         ``shared`` is one dictionary for all linears on one input: what they can share is kept in it. ``name`` is the
-        module's, for roles (AWQ leaves query and key projections unclipped) and messages. Raises
+        module's, for roles (AWQ can leave query and key projections unclipped) and messages. Raises
         :class:`NumericsError` naming it.
         """
         chosen = options if isinstance(options, self.options) else self.options()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
 
 from lowbit.errors import UsageError
-from lowbit.formats.integer import SHRINK, grid, group_extrema, quantize_dequantize
+from lowbit.formats.integer import choose_range, grid, group_extrema, search_grid
 from lowbit.formats.spec import PER_TENSOR, IntSpec
 from lowbit.kernels import best_candidate
 
@@ -28,30 +29,32 @@ def choose_grid(
     *,
     importance: torch.Tensor | None = None,
     upper_gram: torch.Tensor | None = None,
-    shrink: tuple[float, ...] = SHRINK,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales and zero points (None when symmetric) of ``weight`` float32 ``[out, in]``.
 
-    ``mse`` without ``importance`` (float32 ``[in]``) weighs all columns alike; ``gram`` needs ``upper_gram`` float32
-    ``[in, in]`` and acts as ``mse`` with its diagonal on groups wider than 512 columns.
+    ``mse`` without ``importance`` (float32 ``[in]``) weighs columns by the diagonal of ``upper_gram`` (float32
+    ``[in, in]``), without that all alike; so does ``gram`` without ``upper_gram``, and on groups wider than 512.
     """
     low, high = group_extrema(weight, spec)
     if method == "minmax":
         return grid(low, high, spec)
     if method not in ("mse", "gram"):
         raise UsageError(f"unknown range method {method!r}: use minmax, mse or gram")
-    candidates = [grid(low * factor, high * factor, spec) for factor in shrink]
-    scales = torch.stack([candidate for candidate, _ in candidates])
-    zeros = None if spec.symmetric else torch.stack([z for _, z in candidates if z is not None])
     size = spec.group_size if spec.group_size > 0 else weight.shape[1]
     if method == "gram" and upper_gram is not None and size <= _WIDEST_GRAM and spec.group_size != PER_TENSOR:
-        chosen = _best_by_gram(weight, spec, scales, zeros, upper_gram)
-    else:
-        if importance is None:
-            importance = upper_gram.diagonal() if upper_gram is not None else torch.ones_like(weight[0])
-        chosen = _best_by_column(weight, spec, scales, zeros, importance)
-    picked = scales.gather(0, chosen[None])[0]
-    return picked, None if zeros is None else zeros.gather(0, chosen[None])[0]
+        return search_grid(low, high, spec, partial(_best_by_gram, weight, spec, upper_gram))
+    if importance is None and upper_gram is not None:
+        importance = upper_gram.diagonal()
+    if spec.group_size == PER_TENSOR:
+        return choose_range(weight, spec, method="mse", importance=importance)
+    weights = torch.ones_like(weight[0]) if importance is None else importance.float()
+
+    def pick(scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+        steps = scales.float()
+        points = torch.full_like(steps, float(spec.midpoint)) if zeros is None else zeros.float()
+        return best_candidate(weight, steps, points, weights, spec.levels, size)
+
+    return search_grid(low, high, spec, pick)
 
 
 def float_grid(
@@ -64,25 +67,8 @@ def float_grid(
     return steps, zeros.float().expand(rows, -1).contiguous()
 
 
-def _best_by_column(
-    weight: torch.Tensor, spec: IntSpec, scales: torch.Tensor, zeros: torch.Tensor | None, importance: torch.Tensor
-) -> torch.Tensor:
-    if spec.group_size == PER_TENSOR:
-        losses = [
-            ((quantize_dequantize(weight, spec, scales[i], None if zeros is None else zeros[i]) - weight).square_())
-            .mul_(importance)
-            .sum()
-            for i in range(scales.shape[0])
-        ]
-        return torch.stack(losses).argmin().reshape(1, 1)
-    size = spec.group_size if spec.group_size > 0 else weight.shape[1]
-    steps = scales.float()
-    points = torch.full_like(steps, float(spec.midpoint)) if zeros is None else zeros.float()
-    return best_candidate(weight.contiguous(), steps, points, importance.float(), spec.levels, size)
-
-
 def _best_by_gram(
-    weight: torch.Tensor, spec: IntSpec, scales: torch.Tensor, zeros: torch.Tensor | None, upper_gram: torch.Tensor
+    weight: torch.Tensor, spec: IntSpec, upper_gram: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
 ) -> torch.Tensor:
     """Index of the best candidate, ``[out, groups]``; chunks of one group by 2048 rows stay in the cache."""
     rows, columns = weight.shape

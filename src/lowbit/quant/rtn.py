@@ -22,7 +22,7 @@ class RtnOptions:
     """``range_method``: ``minmax`` and ``mse`` need no statistics (``mse`` uses them when there are some); ``gram`` is
     AWQ's clip search and acts as ``mse`` without statistics."""
 
-    range_method: RangeMethod = "minmax"
+    range_method: RangeMethod = "mse"
 
     def __post_init__(self) -> None:
         if self.range_method not in ("minmax", "mse", "gram"):
