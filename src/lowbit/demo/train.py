@@ -218,6 +218,39 @@ def save(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "README.md").write_text(model_card(model.config, record))
+
+
+def model_card(config: LlamaConfig, record: dict[str, Any]) -> str:
+    """The model's card in Markdown: what it is, what it was trained on, how the loss went."""
+    rows = [
+        f"| {p['tokens'] / 1e6:.1f} M | {p['train_loss']:.3f} | {p['held_out_perplexity']:.2f} |"
+        for p in record["curve"]
+    ]
+    return "\n".join(
+        [
+            "# lowbit's demo model",
+            "",
+            f"A Llama-family decoder: {config.num_hidden_layers} blocks, hidden {config.hidden_size}, "
+            f"ffn {config.intermediate_size}, {config.num_attention_heads} heads and {config.num_key_value_heads} "
+            f"KV heads of {config.head_dim}, byte-level BPE of {config.vocab_size}, "
+            f"context {config.max_position_embeddings}, tied embeddings, bf16. It exists to be quantized: small, real, "
+            "and trained on text that every machine has.",
+            "",
+            "**Data.** The source of the Python standard library (PSF licence), tests included, character tables left "
+            f"out. Held out, with their tests: {', '.join(HELD_OUT)}.",
+            "",
+            f"**Training.** {record['tokens_seen'] / 1e6:.1f} M tokens seen, Muon for the blocks' matrices and AdamW "
+            "for the rest, `python -m lowbit.demo.train`. Windows of 512 tokens.",
+            "",
+            "| tokens seen | training loss | held-out perplexity |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "It continues Python code plausibly for a few lines, and knows nothing else.",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":
