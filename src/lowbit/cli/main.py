@@ -62,6 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 2 an error (of one line) or damage, 130 interrupted."""
+    # Read when torch is loaded. By default OpenMP's threads spin at every barrier: beside another busy process that
+    # was measured at up to four times the processor time of the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     verb = ""
     try:
         arguments = build_parser().parse_args(argv)
