@@ -33,6 +33,9 @@ from lowbit.planning import (
 EXPERT_GROUPS = 64
 """Most experts whose statistics are alive at a time."""
 
+MARGIN = 1.2
+"""By how much a prediction of peak memory may fall short (measured: 6.7 GiB where 5.8 were predicted)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
@@ -107,7 +110,7 @@ def decide(
         gemm_flops=measure_gemm(device=model.device.type),
     )
     report = preflight(situation)
-    keep = report.prediction is None or report.prediction.peak_bytes <= memory
+    keep = report.prediction is None or report.prediction.peak_bytes * MARGIN <= memory
     if not keep:
         report = preflight(replace(situation, workload=replace(workload, keep_states=False)))
     findings = [*report.errors, *_round_trips(codec, chosen, shapes)]

@@ -1,0 +1,193 @@
+"""What every system of `benchmarks/quantize.py` works on; run in the project's environment.
+
+python benchmarks/peers/workload.py checkpoint DIR --shape 1.1b --layers 2 --dtype float32
+python benchmarks/peers/workload.py tokens DIR --text FILE --samples 32 --seq-len 512 --out IDS.npy
+python benchmarks/peers/workload.py machine --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, int]] = {
+    "1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32000,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+    },
+    "0.1b": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 8192,
+    },
+}
+"""Llama shapes; the last one only to see that a system works."""
+
+STD = 0.02
+
+
+def main() -> None:
+    """Run one of the three commands."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    checkpoint = commands.add_parser("checkpoint")
+    checkpoint.add_argument("directory", type=Path)
+    checkpoint.add_argument("--shape", choices=sorted(SHAPES), required=True)
+    checkpoint.add_argument("--layers", type=int, required=True)
+    checkpoint.add_argument("--dtype", default="float32")
+    tokens = commands.add_parser("tokens")
+    tokens.add_argument("directory", type=Path)
+    tokens.add_argument("--text", type=Path, required=True)
+    tokens.add_argument("--samples", type=int, required=True)
+    tokens.add_argument("--seq-len", type=int, required=True)
+    tokens.add_argument("--out", type=Path, required=True)
+    machine = commands.add_parser("machine")
+    machine.add_argument("--threads", type=int, required=True)
+    options = parser.parse_args()
+    if options.command == "checkpoint":
+        write_checkpoint(options.directory, options.shape, options.layers, options.dtype)
+    elif options.command == "tokens":
+        print(write_tokens(options.directory, options.text, options.samples, options.seq_len, options.out))
+    else:
+        print(json.dumps(measure_machine(options.threads)))
+
+
+def write_checkpoint(directory: Path, shape: str, layers: int, dtype: str) -> None:
+    """A Llama of `shape` with Gaussian weights of a trained model's size, a shard per block, and a tokenizer.
+
+    Its time and memory are those of a trained model of the same shape; its quality says nothing.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        **{**SHAPES[shape], "num_hidden_layers": layers},
+        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = dtype
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    weight_map: dict[str, str] = {}
+    total = 0
+
+    def write(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        nonlocal total
+        tensors = {}
+        for name, size in shapes.items():
+            tensor = torch.ones(size) if len(size) == 1 else torch.empty(size).normal_(0, STD, generator=generator)
+            tensors[name] = tensor.to(getattr(torch, dtype))
+            total += tensors[name].nbytes
+            weight_map[name] = file
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    key_value = config.num_key_value_heads * config.head_dim
+    width = config.num_attention_heads * config.head_dim
+    count = layers + 2
+    embedding = (config.vocab_size, hidden)
+    write(f"model-00001-of-{count:05}.safetensors", {"model.embed_tokens.weight": embedding})
+    for layer in range(layers):
+        block = {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (width, hidden),
+            "self_attn.k_proj": (key_value, hidden),
+            "self_attn.v_proj": (key_value, hidden),
+            "self_attn.o_proj": (hidden, width),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (ffn, hidden),
+            "mlp.up_proj": (ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+        }
+        names = {f"model.layers.{layer}.{name}.weight": size for name, size in block.items()}
+        write(f"model-{layer + 2:05}-of-{count:05}.safetensors", names)
+    write(f"model-{count:05}-of-{count:05}.safetensors", {"model.norm.weight": (hidden,), "lm_head.weight": embedding})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    _write_tokenizer(directory, config.vocab_size)
+    config.save_pretrained(directory)
+
+
+def _write_tokenizer(directory: Path, vocabulary: int) -> None:
+    """A word for each id: text in it covers the whole vocabulary, as a trained tokenizer's text does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(directory)
+
+
+def write_tokens(directory: Path, text: Path, samples: int, seq_len: int, out: Path) -> str:
+    """Write the calibration text and lowbit's own packing of it as int64 [samples, seq_len]; return their hash."""
+    import numpy as np
+
+    from lowbit.calibration import load_calibration, load_tokenizer
+
+    vocabulary = json.loads((directory / "config.json").read_text())["vocab_size"]
+    generator = random.Random(0)
+    lines = (
+        " ".join(f"w{max(3, int(vocabulary ** generator.random()))}" for _ in range(seq_len))
+        for _ in range(2 * samples)
+    )
+    text.write_text("\n\n".join(lines) + "\n")
+    loaded = load_calibration(text, load_tokenizer(directory), samples=samples, seq_len=seq_len)
+    np.save(out, loaded.ids.numpy())
+    return loaded.sha256
+
+
+def measure_machine(threads: int) -> dict[str, Any]:
+    """The ceilings: float32 matrix products in FLOP/s, and memory traffic of a copy (read + written) in bytes/s."""
+    import torch
+
+    torch.set_num_threads(threads)
+    left, right = torch.randn(4096, 2048), torch.randn(2048, 2048)
+    product = _best(lambda: torch.mm(left, right), repeats=8)
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    copy = _best(lambda: target.copy_(source), repeats=8)
+    return {
+        "gemm_flops": 2 * 4096 * 2048 * 2048 / product,
+        "copy_bytes_per_second": 2 * source.nbytes / copy,
+        "threads": threads,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _best(call: Any, *, repeats: int) -> float:
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()
