@@ -1,22 +1,30 @@
-# Engines and peers, each in an environment of its own under .venvs; none of this is part of `make test`.
-.PHONY: test-vllm test-gptqmodel test-transformers bench-quantize engine-checkpoints
+# Checks against the engines that run the checkpoints, and the benchmark against peers. Each has an environment of its
+# own under .venvs, built on first use; none of it is part of `make test`.
+ENGINES      := build/engines
+ENVIRONMENT  := $(BIN)/python tests/engines/environments.py
+ENGINE_MODEL ?= demo
+BENCH        ?=
 
-ENGINE_CHECKPOINTS := build/engines
+.PHONY: test-engines test-vllm test-gptqmodel test-transformers bench-quantize
 
-engine-checkpoints: $(VENV)/.installed-dev
-	$(BIN)/python tests/engines/make_checkpoints.py $(ENGINE_CHECKPOINTS)
+test-engines: test-transformers test-gptqmodel test-vllm  ## Every checkpoint format in every engine
 
-test-transformers: engine-checkpoints  ## compressed-tensors checkpoints in transformers, in the project's environment
-	$(BIN)/python tests/engines/transformers_check.py $(ENGINE_CHECKPOINTS) --formats compressed-tensors dense
+test-transformers: $(ENGINES)/.made  ## compressed-tensors checkpoints in transformers
+	$(ENVIRONMENT) llmcompressor
+	.venvs/llmcompressor/bin/python tests/engines/transformers_check.py $(ENGINES) --formats compressed-tensors dense
 
-test-vllm: engine-checkpoints  ## Every format and method in vLLM's CPU build
-	$(BIN)/python tests/engines/environments.py vllm
-	.venvs/vllm/bin/python tests/engines/vllm_check.py $(ENGINE_CHECKPOINTS)
+test-gptqmodel: $(ENGINES)/.made  ## GPTQ and AWQ checkpoints in transformers with GPTQModel
+	$(ENVIRONMENT) gptqmodel
+	.venvs/gptqmodel/bin/python tests/engines/transformers_check.py $(ENGINES) --formats gptq awq
 
-test-gptqmodel: engine-checkpoints  ## GPTQ and AWQ checkpoints in transformers with GPTQModel
-	$(BIN)/python tests/engines/environments.py gptqmodel
-	.venvs/gptqmodel/bin/python tests/engines/transformers_check.py $(ENGINE_CHECKPOINTS) --formats gptq awq
+test-vllm: $(ENGINES)/.made  ## All checkpoints in vLLM's CPU build
+	$(ENVIRONMENT) vllm
+	.venvs/vllm/bin/python tests/engines/vllm_check.py $(ENGINES)
 
-bench-quantize: $(VENV)/.installed  ## Time and memory beside llm-compressor on a 1.1B Llama
-	$(BIN)/python tests/engines/environments.py llmcompressor
-	$(BIN)/python benchmarks/quantize.py --layers 1 3
+bench-quantize: $(VENV)/.installed-dev  ## Time and memory of quantization beside the peers'
+	$(BIN)/python benchmarks/quantize.py $(BENCH)
+
+$(ENGINES)/.made: $(VENV)/.installed-dev $(shell find src -name '*.py') $(wildcard tests/engines/*.py)
+	rm -rf $(ENGINES)
+	$(BIN)/python tests/engines/make_checkpoints.py $(ENGINES) --model $(ENGINE_MODEL)
+	@touch $@
