@@ -57,7 +57,7 @@ CASES = (
 def main() -> None:
     """Make the cases named by --only, or all, and a dense one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=lambda text: Path(text).resolve())
     parser.add_argument("--model", default="demo", help="`demo`, a checkpoint directory, or `tiny` (random, instant)")
     parser.add_argument("--only", nargs="*", help="names of cases; default all")
     parser.add_argument("--samples", type=int, default=16)

@@ -29,7 +29,7 @@ float16; products in bfloat16."""
 def main() -> int:
     """Check every checkpoint of the formats asked for; 1 where one fails or there is none."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=lambda text: Path(text).resolve())
     parser.add_argument("--formats", nargs="+", required=True)
     options = parser.parse_args()
     print(" ".join(f"{name} {_version(name)}" for name in ("transformers", "gptqmodel", "compressed-tensors", "torch")))

@@ -45,7 +45,7 @@ class Verdict:
 def main() -> int:
     """Check each checkpoint; 1 where one fails or there is none."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=lambda text: Path(text).resolve())
     parser.add_argument("--only", nargs="*", help="names of checkpoints; default all")
     parser.add_argument("--dtype", default="float16", help="of 4-bit models; the engine has no float32 there")
     parser.add_argument("--pretend-avx2", action="store_true", help="use the engine's AVX2 build on an AVX-512 CPU")
