@@ -6,31 +6,11 @@ operations in the same order and fuse no multiplication into an addition, so tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from lowbit.kernels.block import Block
+
 __all__ = ["Block", "quantize_columns", "quantize_columns_reference"]
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Columns ``start .. start + width`` of a matrix ``[out, in]`` on their way to codes; every array is contiguous.
-
-    ``current``   float32 ``[out, width]``: the weights with the corrections so far; changed in place
-    ``inverse``   float32 ``[width, width]``: upper Cholesky factor of the inverse Hessian of these and later columns
-    ``groups``    int32 ``[width]``: the column of ``scales`` that each column of the block belongs to
-    ``codes``     uint8 ``[out, in]``: written
-    ``residual``  float32 ``[out, in]``: the original weights, from which the quantized ones are subtracted
-    """
-
-    start: int
-    levels: int
-    current: torch.Tensor
-    inverse: torch.Tensor
-    groups: torch.Tensor
-    codes: torch.Tensor
-    residual: torch.Tensor
 
 
 def quantize_columns(block: Block, scales: torch.Tensor, zeros: torch.Tensor, first: int, last: int) -> None:

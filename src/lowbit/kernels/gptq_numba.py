@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import torch
 
-from lowbit.kernels.gptq import Block
+from lowbit.kernels.block import Block
 from lowbit.kernels.threads import over_rows
 
 __all__ = ["quantize_columns_numba"]

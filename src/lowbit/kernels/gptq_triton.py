@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lowbit.kernels.gptq import Block
+from lowbit.kernels.block import Block
 
 __all__ = ["quantize_columns_triton"]
 
