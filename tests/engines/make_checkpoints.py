@@ -109,7 +109,7 @@ def _candidates(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> I
 
     Only decisive prompts can ask an engine that computes in 16 bits for the very same tokens.
     """
-    ids = tokenizer(_library_text()[:200_000])["input_ids"]
+    ids = tokenizer(_library_text(), verbose=False)["input_ids"]
     step = max(1, (len(ids) - PROMPT_TOKENS) // CANDIDATES)
     for start in range(0, step * CANDIDATES, step):
         prompt = ids[start : start + PROMPT_TOKENS]
