@@ -21,6 +21,7 @@ LAYERS = (
     "calibration",
     "pipeline",
     "evaluation",
+    "engines",
     "cli",
 )
 """From the top: what stands on the left of another may be imported by it, and not the other way round."""

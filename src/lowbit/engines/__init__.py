@@ -1,0 +1,1 @@
+"""Engines that run the tokens, behind one face each."""
