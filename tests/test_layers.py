@@ -22,6 +22,7 @@ LAYERS = (
     "pipeline",
     "evaluation",
     "engines",
+    "gateway",
     "cli",
 )
 """From the top: what stands on the left of another may be imported by it, and not the other way round."""

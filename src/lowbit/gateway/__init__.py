@@ -1,0 +1,1 @@
+"""One OpenAI-compatible face over many models, precisions and engines."""
