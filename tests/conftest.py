@@ -50,11 +50,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": _COMMON | {"num_key_value_heads": 1},
     "qwen3": _GROUPED,
     "gemma": _GROUPED,
+    "gemma2": _GROUPED | {"sliding_window": 64, "query_pre_attn_scalar": 64},
+    "gemma3_text": _GROUPED | {"sliding_window": 64, "query_pre_attn_scalar": 64},
     "phi": _COMMON | {"partial_rotary_factor": 0.5},
+    "phi3": _COMMON | {"num_key_value_heads": 1},
     "gpt_neox": _COMMON | {"rotary_pct": 0.25},
     "opt": {k: v for k, v in _COMMON.items() if k != "intermediate_size"}
     | {"ffn_dim": 256, "word_embed_proj_dim": 128},
     "mixtral": _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": _COMMON | {"num_key_value_heads": 1} | _EXPERTS | {"shared_expert_intermediate_size": 128},
     "qwen3_moe": _GROUPED | _EXPERTS,
 }
 """``model_type`` to the config fields of its tiny instance: two blocks, hidden 128, head_dim 64."""
@@ -96,6 +100,12 @@ def build_checkpoint(
     model.to(dtype).save_pretrained(directory)
     save_tokenizer(directory)
     return directory
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def model_type(request: pytest.FixtureRequest) -> str:
+    """Every family in turn."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

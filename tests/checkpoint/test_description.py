@@ -13,27 +13,25 @@ from transformers import AutoConfig
 from lowbit.checkpoint import ModelDescription, open_checkpoint
 from lowbit.errors import CheckpointError
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "opt", "mixtral", "qwen3_moe"]
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 10}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_agrees_with_transformers(family: str, checkpoint_of: Callable[[str], Path]) -> None:
-    path = checkpoint_of(family)
+def test_agrees_with_transformers(model_type: str, checkpoint_of: Callable[[str], Path]) -> None:
+    path = checkpoint_of(model_type)
     found, config = open_checkpoint(path).description, AutoConfig.from_pretrained(path)
     assert found.architecture == config.architectures[0]
-    assert found.model_type == family
+    assert found.model_type == model_type
     assert found.hidden == config.hidden_size
     assert found.layers == config.num_hidden_layers
     assert found.heads == config.num_attention_heads
     assert found.kv_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     assert found.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     assert found.vocab == config.vocab_size
-    assert found.ffn == (config.ffn_dim if family == "opt" else config.intermediate_size)
+    assert found.ffn == (config.ffn_dim if model_type == "opt" else config.intermediate_size)
     assert found.tied == config.tie_word_embeddings
     assert found.max_positions == config.max_position_embeddings
     assert found.dtype == "float32"
-    assert found.is_moe == (family in ("mixtral", "qwen3_moe"))
+    assert found.is_moe == ("mixtral" in model_type or "moe" in model_type)
     assert not found.multimodal
 
 

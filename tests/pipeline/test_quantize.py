@@ -18,8 +18,7 @@ from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.pipeline.quantize import QuantizeResult, quantize
 from lowbit.pipeline.streamed import StreamedModel
 
-MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "opt", "mixtral", "qwen3_moe"]
-CASES = [*((name, "gptq") for name in MODEL_TYPES), ("llama", "rtn"), *((n, "awq") for n in ("gemma", "opt", "phi"))]
+OTHERS = [("llama", "rtn"), *((name, "awq") for name in ("gemma", "gemma3_text", "opt", "phi", "phi3"))]
 
 
 def _quantize(source: Path, out: Path, text: Path, **settings: Any) -> QuantizeResult:
@@ -44,11 +43,21 @@ def _divergence(reference: Path, candidate: Path, text: Path) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize(("model_type", "method"), CASES)
 def test_every_family(
-    model_type: str, method: str, checkpoint_of: Callable[[str], Path], calibration_file: Path, tmp_path: Path
+    model_type: str, checkpoint_of: Callable[[str], Path], calibration_file: Path, tmp_path: Path
 ) -> None:
-    source, out = checkpoint_of(model_type), tmp_path / "out"
+    _check_quantized(checkpoint_of(model_type), "gptq", calibration_file, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("family", "method"), OTHERS)
+def test_other_methods(
+    family: str, method: str, checkpoint_of: Callable[[str], Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    _check_quantized(checkpoint_of(family), method, calibration_file, tmp_path / "out")
+
+
+def _check_quantized(source: Path, method: str, calibration_file: Path, out: Path) -> None:
+    """All linears but the routers are quantized, nothing else changed, and the model is nearly the same."""
     result = _quantize(source, out, calibration_file, method=method, bits=8)
     assert _divergence(source, out, calibration_file) < 5e-3
     with open_checkpoint(source) as dense, open_checkpoint(out) as quantized:
