@@ -69,6 +69,7 @@ def test_bar_on_a_terminal() -> None:
     stream = Terminal()
     progress = RichProgress(stream)
     progress.start("Quantizing", 2)
+    progress.at("model.layers.0.self_attn.q_proj")
     progress.advance("model.layers.0", error=0.5)
     progress.message("[not markup] a note")
     progress.start("Evaluating", 1)  # closes the first bar

@@ -88,6 +88,9 @@ class PlainProgress:
         self._last = float("-inf")
         self._print(title)
 
+    def at(self, module: str) -> None:
+        """Nothing: a log has a line per unit."""
+
     def advance(self, module: str, **fields: float | str) -> None:
         """Count a unit and print it if it is the last one or the previous line is old enough."""
         pace = self._pace
@@ -135,11 +138,13 @@ class RichProgress:
         self._bar: _TwoLines | None = None
         self._task = TaskID(0)
         self._pace = Pace(0)
+        self._fields: Fields = {}
 
     def start(self, title: str, total: int) -> None:
         """Show a new bar; one that is still open is closed first."""
         self.close()
         self._pace = Pace(total)
+        self._fields = {}
         self._bar = _TwoLines(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -151,15 +156,20 @@ class RichProgress:
         self._task = self._bar.add_task(title, total=total, left="")
         self._bar.start()
 
+    def at(self, module: str) -> None:
+        """Name the module that is worked on, beside the figures of the last unit."""
+        if self._bar is not None:
+            shown = show_fields({"memory": memory_in_use(), **self._fields})
+            self._bar.detail = Text(f"  {module} · {shown}", overflow="ellipsis")
+
     def advance(self, module: str, **fields: float | str) -> None:
         """Move the bar by one unit."""
         if self._bar is None:
             return
         self._pace.done += 1
         left = self._pace.time_left()
-        self._bar.detail = Text(
-            f"  {module} · {show_fields({'memory': memory_in_use(), **fields})}", overflow="ellipsis"
-        )
+        self._fields = {name: value for name, value in fields.items() if name != "memory"}
+        self.at(module)
         self._bar.update(self._task, advance=1, left=f"{human_seconds(left)} left" if left else "")
 
     def message(self, text: str) -> None:

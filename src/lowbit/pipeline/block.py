@@ -14,6 +14,7 @@ from lowbit.codecs import Codec, read_dense
 from lowbit.errors import NumericsError
 from lowbit.formats import QuantizedTensor
 from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
+from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.recipe import ModulePlan, Recipe, method_options
 from lowbit.pipeline.stages import Group, Stage, StagedForward, discover_stages, split_stages
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
@@ -69,6 +70,7 @@ class BlockQuantizer:
         recipe: Recipe,
         codec: Codec,
         calibration_tokens: int,
+        progress: Progress | None = None,
     ) -> None:
         self.model = model
         self.index = index
@@ -77,6 +79,7 @@ class BlockQuantizer:
         self.recipe = recipe
         self.codec = codec
         self.calibration_tokens = calibration_tokens
+        self.progress = progress or Silent()
         self.reports: list[ModuleReport] = []
         self._statistics: dict[Group, InputStatistics] = {}
         self._solved: dict[str, QuantizedTensor] = {}
@@ -197,6 +200,7 @@ class BlockQuantizer:
     ) -> ModuleReport:
         """Solve one linear, put the result in its place, and say how it went."""
         linear, full = self._linear(name), self.full_name(name)
+        self.progress.at(full)
         weight = linear.weight.float() if scales is None else linear.weight.float() * scales
         options = options_of(self.recipe, plan)
         solution = METHODS[plan.method].solve(weight, statistics, plan.spec, options, shared=shared, name=full)

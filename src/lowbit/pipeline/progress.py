@@ -11,6 +11,9 @@ class Progress(Protocol):
     def start(self, title: str, total: int) -> None:
         """A step of ``total`` units (blocks, usually) begins."""
 
+    def at(self, module: str) -> None:
+        """Work on ``module``, a part of the present unit, begins."""
+
     def advance(self, module: str, **fields: float | str) -> None:
         """One unit is done; ``module`` names it, ``fields`` are shown beside it (error, tokens_per_second …)."""
 
@@ -25,6 +28,9 @@ class Silent:
     """Discards all progress."""
 
     def start(self, title: str, total: int) -> None:
+        """Do nothing."""
+
+    def at(self, module: str) -> None:
         """Do nothing."""
 
     def advance(self, module: str, **fields: float | str) -> None:

@@ -122,7 +122,7 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress) -> list[Modul
             continue
         began = time.perf_counter()
         job.prefetch(index + 1)
-        block = _quantize_block(job, index, stores, stages)
+        block = _quantize_block(job, index, stores, stages, progress)
         partial.commit_part(index + 1, block.tensors(), {"modules": [r.to_json() for r in block.reports]})
         reports += block.reports
         progress.advance(name, **_fields(job, block.reports, time.perf_counter() - began))
@@ -167,9 +167,10 @@ def _quantize_block(
     index: int,
     stores: tuple[ActivationStore, ActivationStore] | None,
     stages: dict[tuple[str, ...], list[Stage]],
+    progress: Progress,
 ) -> BlockQuantizer:
     tokens = 0 if job.calibration is None else job.calibration.ids.numel()
-    block = BlockQuantizer(job.model, index, job.block_plan(index), job.recipe, job.codec, tokens)
+    block = BlockQuantizer(job.model, index, job.block_plan(index), job.recipe, job.codec, tokens, progress)
     if stores is None:
         block.solve_without_statistics()
         return block
