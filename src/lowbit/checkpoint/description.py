@@ -11,6 +11,8 @@ from lowbit.errors import CheckpointError
 __all__ = ["ModelDescription"]
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+ATTENTION_FREE = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"})
+"""Families without attention: their configs name no attention heads."""
 _HEADS = ("lm_head.", "embed_out.", "output.")
 _UNTIED_BY_DEFAULT = frozenset(
     {"gpt_neox", "phi", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "phi3"}
@@ -67,12 +69,12 @@ class ModelDescription:
 
         Raises :class:`CheckpointError` naming ``where`` and the field that is missing or no number.
         """
-        nested = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
-        fields = _Fields({**config, **nested} if nested else dict(config), where)
+        fields = text_fields(config, where)
         model_type = fields.text("model_type")
         hidden = fields.number("hidden_size", "n_embd", "d_model", "dim")
-        heads = fields.number("num_attention_heads", "n_head", "n_heads", "num_heads")
-        head_dim = fields.number("head_dim", "qk_head_dim", default=hidden // heads)
+        attention_free = model_type in ATTENTION_FREE
+        heads = 0 if attention_free else fields.number("num_attention_heads", "n_head", "n_heads", "num_heads")
+        head_dim = 0 if attention_free else fields.number("head_dim", "qk_head_dim", default=hidden // heads)
         return cls(
             architecture=fields.architecture(config),
             model_type=model_type,
@@ -107,12 +109,21 @@ class ModelDescription:
             sliding_window=fields.sliding_window(),
             kv_lora_rank=fields.number("kv_lora_rank", default=0),
             rope_head_dim=fields.number("qk_rope_head_dim", default=0),
-            multimodal=nested is not None,
+            multimodal=_nested(config) is not None,
         )
 
 
+def _nested(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    return next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
+
+
+def text_fields(config: Mapping[str, Any], where: str = "config.json") -> Fields:
+    """The fields of the language model: those of a nested text config laid over the outer ones."""
+    return Fields({**config, **(_nested(config) or {})}, where)
+
+
 @dataclass(frozen=True, slots=True)
-class _Fields:
+class Fields:
     """Typed look-ups in a config whose keys have many spellings."""
 
     values: Mapping[str, Any]
@@ -148,7 +159,8 @@ class _Fields:
         return ""
 
     def kv_heads(self, heads: int) -> int:
-        if self.values.get("multi_query") is True and "num_key_value_heads" not in self.values:
+        grouped = "num_key_value_heads" in self.values or self.values.get("new_decoder_architecture") is True
+        if self.values.get("multi_query") is True and not grouped:
             return 1
         return self.number("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", default=heads)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -66,13 +67,33 @@ def locate(
         return path
     if path.exists():
         raise CheckpointError(f"{path}: is a file; name the directory that holds config.json and the weights")
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or text.startswith((".", "~")):
+    if isinstance(source, Path) or not is_hub_id(text):
         raise CheckpointError(f"{path}: no such directory (and not a hub id, which reads like organisation/model)")
     return _download(text, revision, allow_pickle, trust_remote_code)
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` reads like the id of a hub model."""
+    return _HUB_ID.fullmatch(text) is not None and not text.startswith((".", "~"))
+
+
 def _download(name: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    with hub_errors(name, revision):
+        path = Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*_NOT_FROM_HUB])
+        )
+        if allow_pickle and not any(path.glob("*.safetensors")):
+            snapshot_download(name, revision=revision, allow_patterns=["*.bin"], ignore_patterns=[*_NOT_FROM_HUB])
+    return path
+
+
+@contextmanager
+def hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises about the model ``name`` into a :class:`CheckpointError` with the way out."""
+    from huggingface_hub import errors
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -85,14 +106,9 @@ def _download(name: str, revision: str | None, allow_pickle: bool, trust_remote_
 
     # the HTTP library below differs between releases of huggingface_hub; all of them name its base error so
     transport_error: type[Exception] = getattr(errors, "HTTPError", ConnectionError)
-    patterns = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
     what = f"{name!r} is no local directory, and"
     try:
-        path = Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*_NOT_FROM_HUB])
-        )
-        if allow_pickle and not any(path.glob("*.safetensors")):
-            snapshot_download(name, revision=revision, allow_patterns=["*.bin"], ignore_patterns=[*_NOT_FROM_HUB])
+        yield
     except GatedRepoError as error:
         raise CheckpointError(
             f"{what} the hub model is gated: accept its terms on its page, then run `hf auth login`"
@@ -119,7 +135,6 @@ def _download(name: str, revision: str | None, allow_pickle: bool, trust_remote_
         ) from error
     except OSError as error:
         raise CheckpointError(f"{name!r}: download failed: {error}") from error
-    return path
 
 
 def find_weights(path: Path) -> WeightFiles:
