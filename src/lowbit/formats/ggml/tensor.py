@@ -1,0 +1,85 @@
+"""A matrix in the blocks of a ggml type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lowbit.errors import NumericsError
+from lowbit.formats.ggml.decode import decode
+from lowbit.formats.ggml.types import GgmlType
+
+__all__ = ["BlockTensor"]
+
+_FLOAT_SCALES: dict[str, tuple[int, ...]] = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
+    "IQ1_S": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+}
+"""Where in a block its float16 scales (and minima) stand, in bytes. The other types are checked by their values."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTensor:
+    """A matrix ``[out_features, in_features]`` in a type of ggml.
+
+    ``type``    the ggml type
+    ``blocks``  uint8 ``[out_features, type.row_bytes(in_features)]``, the bytes of a GGUF file
+    """
+
+    type: GgmlType
+    blocks: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        return self.blocks.shape[0], self.type.columns(self.blocks.shape[1])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales and minima counted."""
+        return self.type.bits
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight ``[out_features, in_features]``, computed in float32 and rounded to ``dtype``."""
+        values = torch.from_numpy(decode(self.blocks.cpu().numpy(), self.type))
+        return values.to(device=self.blocks.device, dtype=dtype)
+
+    def validate(self, name: str) -> None:
+        """Raise :class:`NumericsError` naming ``name`` for rows that are no whole blocks or scales that are not finite."""
+        shape = tuple(self.blocks.shape)
+        if self.blocks.dtype != torch.uint8 or len(shape) != 2:
+            raise NumericsError(f"{name}: {self.type} blocks are bytes [rows, bytes], not {self.blocks.dtype} {shape}")
+        if shape[1] % self.type.block_bytes:
+            expected = f"{self.type} blocks of {self.type.block_bytes}"
+            raise NumericsError(f"{name}: rows of {shape[1]} bytes are no whole {expected}")
+        if not self._finite(self.blocks.cpu().numpy()):
+            raise NumericsError(f"{name}: a scale of its {self.type} blocks is not finite: quantize the tensor again")
+
+    def _finite(self, blocks: npt.NDArray[np.uint8]) -> bool:
+        offsets = _FLOAT_SCALES.get(self.type.name)
+        if offsets is None:
+            return bool(np.isfinite(decode(blocks, self.type)).all())
+        split = blocks.reshape(-1, self.type.block_bytes)
+        scales = (np.ascontiguousarray(split[:, at : at + 2]).view(np.float16) for at in offsets)
+        return all(bool(np.isfinite(scale).all()) for scale in scales)
