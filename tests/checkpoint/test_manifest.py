@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from lowbit.checkpoint import FileRecord, Manifest, hash_file, read_manifest, update_quality, write_manifest
+from lowbit.checkpoint import (
+    FileRecord,
+    Manifest,
+    hash_file,
+    manifest_path,
+    read_manifest,
+    update_quality,
+    write_manifest,
+)
 from lowbit.errors import CheckpointError
 
 MANIFEST = Manifest(
@@ -30,6 +38,17 @@ def test_round_trip(tmp_path: Path) -> None:
     write_manifest(tmp_path, Manifest.from_json(json.loads(first)))
     assert (tmp_path / "lowbit.json").read_bytes() == first
     assert "文本".encode() in first
+
+
+def test_beside_a_gguf_file(tmp_path: Path) -> None:
+    model = tmp_path / "model.Q4_K_M.gguf"
+    assert read_manifest(model) is None
+    write_manifest(model, MANIFEST)
+    assert manifest_path(model) == tmp_path / "model.Q4_K_M.lowbit.json"
+    assert read_manifest(model) == MANIFEST
+    assert manifest_path(tmp_path / "model.Q4_K_M-00002-of-00003.gguf") == manifest_path(model)
+    (tmp_path / "odd.gguf").mkdir()
+    assert manifest_path(tmp_path / "odd.gguf") == tmp_path / "odd.gguf" / "lowbit.json"
 
 
 def test_update_quality(tmp_path: Path) -> None:

@@ -4,7 +4,14 @@ from lowbit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.description import ModelDescription
 from lowbit.checkpoint.files import FileRecord, hash_file, read_json_object, write_json
 from lowbit.checkpoint.location import locate
-from lowbit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, update_quality, write_manifest
+from lowbit.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    manifest_path,
+    read_manifest,
+    update_quality,
+    write_manifest,
+)
 from lowbit.checkpoint.safetensors import TensorInfo, read_header, write_safetensors
 from lowbit.checkpoint.writer import PartialCheckpoint, check_output, partial_path
 
@@ -19,6 +26,7 @@ __all__ = [
     "check_output",
     "hash_file",
     "locate",
+    "manifest_path",
     "open_checkpoint",
     "partial_path",
     "read_header",

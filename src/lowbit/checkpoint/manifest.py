@@ -1,10 +1,12 @@
 """``lowbit.json``: what a checkpoint was made from, how, how far each module strays, and the hash of each file.
 
-Nothing in it depends on the hour, the machine or an interruption: the same inputs give the same bytes.
+A GGUF file has it beside it, as ``NAME.lowbit.json``. Nothing in it depends on the hour, the machine or an
+interruption: the same inputs give the same bytes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,10 +15,19 @@ from typing import Any
 from lowbit.checkpoint.files import FileRecord, read_json_object, records_to_json, write_json
 from lowbit.errors import CheckpointError
 
-__all__ = ["MANIFEST_NAME", "MANIFEST_VERSION", "Manifest", "read_manifest", "update_quality", "write_manifest"]
+__all__ = [
+    "MANIFEST_NAME",
+    "MANIFEST_VERSION",
+    "Manifest",
+    "manifest_path",
+    "read_manifest",
+    "update_quality",
+    "write_manifest",
+]
 
 MANIFEST_NAME = "lowbit.json"
 MANIFEST_VERSION = 1
+_SINGLE_FILE = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,28 +122,38 @@ def _record(name: str, value: object, where: str) -> FileRecord:
     return FileRecord(digest, size)
 
 
-def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a checkpoint directory, or None where there is none; :class:`CheckpointError` if damaged."""
-    path = directory / MANIFEST_NAME
+def manifest_path(checkpoint: Path) -> Path:
+    """Where the manifest of a checkpoint lies: in its directory, or beside a GGUF file (one for all parts of a split)."""
+    if (match := _SINGLE_FILE.fullmatch(checkpoint.name)) and not checkpoint.is_dir():
+        return checkpoint.with_name(f"{match['stem']}.{MANIFEST_NAME}")
+    return checkpoint / MANIFEST_NAME
+
+
+def read_manifest(checkpoint: Path) -> Manifest | None:
+    """The manifest of a checkpoint (a directory or a GGUF file), or None where there is none.
+
+    Raises :class:`CheckpointError` if it is damaged.
+    """
+    path = manifest_path(checkpoint)
     if not path.exists():
         return None
     return Manifest.from_json(read_json_object(path), str(path))
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> FileRecord:
+def write_manifest(checkpoint: Path, manifest: Manifest) -> FileRecord:
     """Write the manifest atomically; ValueError if a number in it is not finite."""
-    path = directory / MANIFEST_NAME
+    path = manifest_path(checkpoint)
     return write_json(path, manifest.to_json(), "free some disk space and run again", allow_nan=False)
 
 
-def update_quality(directory: Path, certificate: Mapping[str, Any]) -> Manifest:
+def update_quality(checkpoint: Path, certificate: Mapping[str, Any]) -> Manifest:
     """Put a quality certificate into a checkpoint's manifest, atomically.
 
     Raises :class:`CheckpointError` where the checkpoint has no manifest.
     """
-    manifest = read_manifest(directory)
+    manifest = read_manifest(checkpoint)
     if manifest is None:
-        raise CheckpointError(f"{directory}: has no {MANIFEST_NAME} to hold a quality certificate")
+        raise CheckpointError(f"{checkpoint}: has no {MANIFEST_NAME} to hold a quality certificate")
     manifest = replace(manifest, quality=dict(certificate))
-    write_manifest(directory, manifest)
+    write_manifest(checkpoint, manifest)
     return manifest
