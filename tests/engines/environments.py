@@ -1,6 +1,6 @@
 """Build the environment of one engine or peer under `.venvs/<name>`, apart from the project's own.
 
-    python tests/engines/environments.py vllm|gptqmodel|llmcompressor
+    python tests/engines/environments.py vllm|gptqmodel|llmcompressor|llamacpp
 
 Idempotent: an environment whose stamp matches the recipe below (and the interpreter) is left as it is. Standard
 library only, because it runs before anything is installed. Torch is installed first, with the repository's
@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
@@ -40,6 +41,14 @@ class Recipe:
     """Build source distributions against the environment itself (their build needs the torch in it)."""
 
 
+@dataclass(frozen=True)
+class SourceRecipe(Recipe):
+    """A recipe that also compiles a source distribution, whose unpacked files stay in `<environment>/source`."""
+
+    source: str = ""
+    cmake: tuple[str, ...] = ()
+
+
 RECIPES: dict[str, Recipe] = {
     "vllm": Recipe(
         first=("torch==2.13.0", "setuptools==78.1.1", "wheel"),
@@ -54,6 +63,13 @@ RECIPES: dict[str, Recipe] = {
     "llmcompressor": Recipe(
         first=("torch==2.13.0", "setuptools>=77,<82", "wheel"),
         packages=("llmcompressor==0.14.0.1",),
+    ),
+    # llama.cpp's libraries for this machine's processor, and its converter (in the source), which needs the rest
+    "llamacpp": SourceRecipe(
+        first=("torch==2.13.0", "setuptools>=77,<82", "wheel", "numpy", "ninja"),
+        packages=("transformers>=5,<6", "sentencepiece", "protobuf", "gguf==0.19.0", "pyyaml", "tqdm"),
+        source="llama-cpp-python==0.3.36",
+        cmake=("-DLLAVA_BUILD=OFF", "-DGGML_CUDA=OFF", "-DGGML_NATIVE=ON", "-DCMAKE_BUILD_TYPE=Release"),
     ),
 }
 
@@ -87,6 +103,8 @@ def build(name: str, base: Path) -> Path:
         _install(python, recipe.packages, no_isolation=recipe.no_isolation)
     if recipe.wheel is not None:
         _install_wheel(python, recipe.wheel, recipe.without)
+    if isinstance(recipe, SourceRecipe):
+        _install_source(python, recipe, home / "source")
     stamp.write_text(wanted)
     return python
 
@@ -116,6 +134,19 @@ def _install_wheel(python: Path, requirement: str, without: tuple[str, ...]) -> 
         wheel = next(Path(scratch).glob("*.whl"))
         _install(python, wheel_requirements(wheel, without))
         subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", str(wheel)], check=True)
+
+
+def _install_source(python: Path, recipe: SourceRecipe, folder: Path) -> None:
+    """Unpack the source distribution into `folder` and install it; CMAKE_BUILD_PARALLEL_LEVEL bounds the jobs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        download = [str(python), "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", scratch]
+        subprocess.run([*download, recipe.source], check=True)
+        archive = next(Path(scratch).glob("*.tar.gz"))
+        with tarfile.open(archive) as packed:
+            packed.extractall(scratch, filter="data")
+        shutil.move(archive.with_name(archive.name.removesuffix(".tar.gz")), folder)
+    command = [str(python), "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), str(folder)]
+    subprocess.run(command, check=True, env={**os.environ, "CMAKE_ARGS": " ".join(recipe.cmake)})
 
 
 def wheel_requirements(wheel: Path, without: tuple[str, ...]) -> list[str]:
