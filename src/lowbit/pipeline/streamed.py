@@ -323,16 +323,20 @@ class StreamedModel:
             self._contexts[key] = calls
         return self._contexts[key][index]
 
-    @torch.no_grad()
     def run_block(self, block: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The output of ``block`` (loaded as ``index``) for hidden states ``[batch, length, hidden]``."""
+        """The output of ``block`` (loaded as ``index``) for hidden states ``[batch, length, hidden]``.
+
+        Differentiable: a graph is kept where ``hidden`` asks for gradients, and only there.
+        """
         hidden = hidden.to(self.device, self.dtype)
         output = block(hidden, **self.context(index, hidden.shape[0], hidden.shape[1]))
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits ``[batch, length, vocabulary]`` of the last block's output, final norm and head applied."""
+        """Logits ``[batch, length, vocabulary]`` of the last block's output, final norm and head applied.
+
+        Differentiable: a graph is kept where ``hidden`` asks for gradients, and only there.
+        """
         hidden = hidden.to(self.device, self.dtype)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         with self._running("logits", hidden):

@@ -1,0 +1,316 @@
+"""How much each module's precision matters, for all modules and all candidates from one backward sweep.
+
+The divergence that small errors cause is a quadratic form of them: ``KL = E[(g . d)^2] / 2``, where ``d`` is the error
+of a module's output at a token and ``g`` the gradient, with respect to that output, of the log-probability of tokens
+drawn from the model itself (whose outer products are the Fisher information). So one forward that keeps the hidden
+states between blocks, and one sweep from the last block to the first that hands ``g`` on, measure the divergence of
+every candidate in every module, in nats per token, with one block in memory.
+
+Taken token by token, the estimate has little variance but leaves out what errors at different tokens do together (a
+value's error is averaged over many tokens by attention); taken over a whole sequence, ``E[(sum_t g_t . d_t)^2] / 2``,
+it leaves nothing out and is noisy. So candidates are told apart by the first, and each group's scale is the second's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import nn
+
+from lowbit.errors import NumericsError
+from lowbit.pipeline.architectures import fused_groups
+from lowbit.pipeline.progress import Progress, Silent
+from lowbit.pipeline.stages import Group, discover_stages
+from lowbit.pipeline.store import ActivationStore
+from lowbit.pipeline.streamed import StreamedModel
+from lowbit.quant import InputStatistics
+
+__all__ = ["Candidate", "GroupSensitivity", "Measured", "measure_sensitivity", "shared_choices"]
+
+TOKENS_PER_PASS = 2048
+"""Tokens that go through a block, forward and back, at a time."""
+
+
+Seen: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""A linear's input and its output, whose gradient is kept."""
+
+
+class Restorable(Protocol):
+    """A quantized weight: what candidates produce."""
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 ``[out, in]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to store a linear.
+
+    ``solve``  ``(weight float32 [out, in], statistics, shared, module name) -> quantized weight``; ``shared`` is one
+               dictionary per input, for what weights on the same input have in common
+    ``size``   ``(out_features, in_features) -> bytes``, None where that shape does not fit
+    """
+
+    name: str
+    solve: Callable[[torch.Tensor, InputStatistics, dict[object, object], str], Restorable]
+    size: Callable[[int, int], int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A candidate in one group: the ``bytes`` it takes, the KL ``divergence`` it causes in nats per token."""
+
+    bytes: int
+    divergence: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSensitivity:
+    """Modules that must share one choice, and what each candidate does to them."""
+
+    modules: tuple[str, ...]
+    weights: int
+    candidates: Mapping[str, Measured]
+
+
+def shared_choices(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The modules (full names) cut into groups that engines want alike, in order.
+
+    Fused shards (query, key, value; gate, up) go together, and so do all experts of a block.
+    """
+    group_of: dict[str, tuple[str, ...]] = {name: group for group in fused_groups(list(names)) for name in group}
+    experts: dict[str, list[str]] = {}
+    for name in names:
+        if ".experts." in name:
+            experts.setdefault(name.partition(".experts.")[0], []).append(name)
+    group_of |= {name: tuple(together) for together in experts.values() for name in together}
+    return list(dict.fromkeys(group_of.get(name, (name,)) for name in names))
+
+
+def measure_sensitivity(
+    model: StreamedModel,
+    ids: torch.Tensor,
+    candidates: Sequence[Candidate],
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[GroupSensitivity]:
+    """Measure every candidate in every linear (full checkpoint names) that is ``wanted``, on token ids ``[n, length]``.
+
+    The cost is about five forwards of the model, and two more for each candidate beside solving it. Raises
+    :class:`NumericsError` where the model's own outputs are not finite.
+    """
+    progress = progress or Silent()
+    count = len(model.block_names)
+    progress.start("measuring sensitivity", 2 * count)
+    with tempfile.TemporaryDirectory(prefix="lowbit-sensitivity-") as scratch:
+        states = _forward(model, ids, Path(scratch), progress)
+        batch = max(1, TOKENS_PER_PASS // ids.shape[1])
+        gradient = _Gradient(Path(scratch) / "gradient.bin", states[-1], batch)
+        _head(model, states[-1], gradient, torch.Generator().manual_seed(seed))
+        found: list[GroupSensitivity] = []
+        for index in reversed(range(count)):
+            sweep = _BlockSweep(model, index, candidates, wanted)
+            found[:0] = sweep.run(states[index], gradient)
+            progress.advance(model.stored_name(model.block_names[index]))
+        for store in (*states, gradient.store):
+            store.close()
+    progress.close()
+    return found
+
+
+def _forward(model: StreamedModel, ids: torch.Tensor, scratch: Path, progress: Progress) -> list[ActivationStore]:
+    """The hidden states before each block and after the last, each in a store of its own."""
+    samples, length = ids.shape
+    batch = max(1, TOKENS_PER_PASS // length)
+    stores = [
+        ActivationStore(scratch / f"states-{i}.bin", samples, length, model.hidden_size, torch.float32)
+        for i in range(len(model.block_names) + 1)
+    ]
+    for first in range(0, samples, batch):
+        stores[0].write(first, model.embed(ids[first : first + batch]))
+    for index, name in enumerate(model.block_names):
+        block = model.load_block(index)
+        for first in range(0, samples, batch):
+            stores[index + 1].write(first, model.run_block(block, index, stores[index].read(first, batch)))
+        progress.advance(model.stored_name(name))
+    return stores
+
+
+class _Gradient:
+    """The gradient at a block boundary, replaced batch by batch as the sweep goes down."""
+
+    def __init__(self, path: Path, like: ActivationStore, batch: int) -> None:
+        samples, length, hidden = like.shape
+        self.store = ActivationStore(path, samples, length, hidden, torch.float32)
+        self.samples, self.tokens, self.batch = samples, samples * length, batch
+
+    def batches(self, states: ActivationStore) -> Iterator[tuple[int, torch.Tensor]]:
+        """First sample and hidden states ``[batch, length, hidden]`` of each batch."""
+        for first in range(0, self.samples, self.batch):
+            yield first, states.read(first, self.batch)
+
+
+def _head(model: StreamedModel, states: ActivationStore, gradient: _Gradient, generator: torch.Generator) -> None:
+    """Draw a token from the model at every position and take the gradient of its log-probability."""
+    for first, hidden in gradient.batches(states):
+        out = torch.empty_like(hidden)
+        for row in range(len(hidden)):
+            state = hidden[row : row + 1].to(model.device).requires_grad_()
+            logits = model.logits(state)[0].float()
+            if not bool(torch.isfinite(logits).all()):
+                raise NumericsError(
+                    f"{model.checkpoint.path}: the model's logits are not finite on the calibration text"
+                )
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+            nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+            assert state.grad is not None
+            out[row] = state.grad[0]
+        gradient.store.write(first, out)
+
+
+class _BlockSweep:
+    """One block's part of the sweep: collect statistics, solve every candidate, then go back through the block."""
+
+    def __init__(
+        self, model: StreamedModel, index: int, candidates: Sequence[Candidate], wanted: Callable[[str], bool]
+    ) -> None:
+        self.model, self.index, self.candidates = model, index, candidates
+        self.block = model.load_block(index)
+        prefix = model.block_names[index]
+        self.full = {
+            name: full
+            for name, module in self.block.named_modules()
+            if isinstance(module, nn.Linear) and wanted(full := model.stored_name(f"{prefix}.{name}"))
+        }
+        self.local = {full: name for name, full in self.full.items()}
+        self.groups = shared_choices(list(self.full.values()))
+        self.solved: dict[tuple[str, str], Restorable] = {}
+        self.sums: dict[tuple[int, str], list[float]] = {}
+        self.samples_seen = 0
+
+    def run(self, states: ActivationStore, gradient: _Gradient) -> list[GroupSensitivity]:
+        """Measure, and leave in ``gradient`` the gradient at this block's input."""
+        self._solve(self._statistics(states, gradient))
+        for first, hidden in gradient.batches(states):
+            gradient.store.write(first, self._backward(hidden, gradient.store.read(first, gradient.batch)))
+        return [self._summary(number, group, gradient.tokens) for number, group in enumerate(self.groups)]
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        rows, columns = self._weight(name).shape
+        return rows, columns
+
+    def _weight(self, name: str) -> torch.Tensor:
+        linear = self.block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return linear.weight
+
+    def _statistics(self, states: ActivationStore, gradient: _Gradient) -> dict[Group, InputStatistics]:
+        names = list(self.full)
+        probe = states.read(0, 1)
+        stages = discover_stages(self.block, names, lambda: self.model.run_block(self.block, self.index, probe))
+        groups = [group for stage in stages for group in stage.groups]
+        statistics = {group: InputStatistics(self._shape(group[0])[1], self.model.device) for group in groups}
+        with _hooked(
+            self.block,
+            {group[0]: lambda x, _, one=statistics[group]: one.add(x) for group in groups},  # type: ignore[misc]
+        ):
+            for _, hidden in gradient.batches(states):
+                self.model.run_block(self.block, self.index, hidden)
+        return statistics
+
+    @torch.no_grad()
+    def _solve(self, statistics: dict[Group, InputStatistics]) -> None:
+        for group, collected in statistics.items():
+            shared: dict[object, object] = {}
+            for name in group:
+                weight = self._weight(name).float()
+                for candidate in self.candidates:
+                    if candidate.size(*self._shape(name)) is not None:
+                        solved = candidate.solve(weight, collected, shared, self.full[name])
+                        self.solved[name, candidate.name] = solved
+
+    def _backward(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient at the block's input, from that at its output; adds up the divergences on the way."""
+        seen: dict[str, Seen] = {}
+
+        def keep(name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
+            def hook(x: torch.Tensor, output: torch.Tensor) -> None:
+                output.retain_grad()
+                seen[name] = (x.detach(), output)
+
+            return hook
+
+        self.samples_seen = len(hidden)
+        state = hidden.to(self.model.device).requires_grad_()
+        with _hooked(self.block, {name: keep(name) for name in self.full}), torch.enable_grad():
+            output = self.model.run_block(self.block, self.index, state)
+        output.backward(gradient.to(output))  # type: ignore[no-untyped-call]
+        for number, group in enumerate(self.groups):
+            for candidate in self.candidates:
+                self._add([self.local[full] for full in group], (number, candidate.name), seen)
+        assert state.grad is not None
+        return state.grad
+
+    @torch.no_grad()
+    def _add(self, names: Sequence[str], key: tuple[int, str], seen: Mapping[str, Seen]) -> None:
+        """Add up ``(g . d)^2 / 2`` by tokens and by sequences; errors of modules at one place are summed first."""
+        samples = self.samples_seen
+        by_token: torch.Tensor | None = None
+        by_sequence = torch.zeros(samples, dtype=torch.float64, device=self.model.device)
+        apart = 0.0
+        for name in names:
+            if name not in seen or (name, key[1]) not in self.solved:
+                continue
+            x, output = seen[name]
+            gradient = output.grad
+            if gradient is None:
+                continue
+            error = self.solved[name, key[1]].dequantize().to(x) - self._weight(name)
+            changed = (torch.nn.functional.linear(x, error) * gradient).sum(-1).flatten().double()
+            if ".experts." in self.full[name]:
+                # An expert sees tokens in an order of its own: what belongs to one sequence is not known here.
+                apart += 0.5 * float((changed**2).sum())
+                continue
+            by_token = changed if by_token is None else by_token + changed
+            by_sequence += changed.view(samples, -1).sum(1)
+        sums = self.sums.setdefault(key, [0.0, 0.0, 0.0])
+        if by_token is not None:
+            sums[0] += 0.5 * float((by_token**2).sum())
+            sums[1] += 0.5 * float((by_sequence**2).sum())
+        sums[2] += apart
+
+    def _summary(self, number: int, group: tuple[str, ...], tokens: int) -> GroupSensitivity:
+        shapes = [self._shape(self.local[full]) for full in group]
+        sums = {c.name: self.sums[number, c.name] for c in self.candidates}
+        ratios = [by_sequence / by_token for by_token, by_sequence, _ in sums.values() if by_token > 0]
+        scale = sum(ratios) / len(ratios) if ratios else 1.0
+        measured = {}
+        for candidate in self.candidates:
+            sizes = [candidate.size(*shape) for shape in shapes]
+            if all(size is not None for size in sizes):
+                by_token, _, apart = sums[candidate.name]
+                total = sum(size for size in sizes if size is not None)
+                measured[candidate.name] = Measured(total, (scale * by_token + apart) / tokens)
+        return GroupSensitivity(group, sum(a * b for a, b in shapes), measured)
+
+
+@contextmanager
+def _hooked(block: nn.Module, hooks: Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]]) -> Iterator[None]:
+    """Call ``hooks[name](input, output)`` whenever the linear ``name`` has run."""
+    handles = [
+        block.get_submodule(name).register_forward_hook(lambda _, x, output, call=call: call(x[0], output))
+        for name, call in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
