@@ -123,7 +123,7 @@ def _record(name: str, value: object, where: str) -> FileRecord:
 
 
 def manifest_path(checkpoint: Path) -> Path:
-    """Where the manifest of a checkpoint lies: in its directory, or beside a GGUF file (one for all parts of a split)."""
+    """Where the manifest of a checkpoint lies: in its directory, or beside a GGUF file (one for all parts of it)."""
     if (match := _SINGLE_FILE.fullmatch(checkpoint.name)) and not checkpoint.is_dir():
         return checkpoint.with_name(f"{match['stem']}.{MANIFEST_NAME}")
     return checkpoint / MANIFEST_NAME

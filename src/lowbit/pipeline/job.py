@@ -203,7 +203,7 @@ def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterat
     ) as checkpoint:
         if out.resolve() == checkpoint.path.resolve():
             raise UsageError(f"{out}: is the source itself: choose another output directory")
-        device = _device(settings.device)
+        device = compute_device(settings.device)
         stored = model_dtype(checkpoint)
         dtype = stored if device.type == "cuda" and stored is torch.bfloat16 else torch.float32
         model = StreamedModel(checkpoint, device=device, dtype=dtype, trust_remote_code=settings.trust_remote_code)
@@ -216,7 +216,7 @@ def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterat
         }
         hardware = probe()
         memory = settings.memory or hardware.available // 2
-        calibration, held_out = _calibration(settings, source, checkpoint, model, plan, memory)
+        calibration, held_out = _calibration(settings, source, model, plan, memory)
         shape = None if calibration is None else calibration.ids.shape
         decisions = decide(model, codec, plan, shapes, out, shape, memory, settings.target, hardware)
         hashes = scan_weights(checkpoint)
@@ -233,7 +233,8 @@ def _choice(table: Mapping[str, Any], name: str, what: str) -> Any:
     return table[name]
 
 
-def _device(name: str) -> torch.device:
+def compute_device(name: str) -> torch.device:
+    """The device called ``auto``, ``cpu`` or ``cuda``; :class:`UsageError` if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
@@ -246,7 +247,6 @@ def _device(name: str) -> torch.device:
 def _calibration(
     settings: Settings,
     source: str | Path,
-    checkpoint: Checkpoint,
     model: StreamedModel,
     plan: Mapping[str, ModulePlan | None],
     memory: int,
@@ -258,22 +258,51 @@ def _calibration(
         chosen = DEMO
     if not needed and chosen is None:
         return None, None
-    limit = getattr(model.config, "max_position_embeddings", None) or settings.seq_len
-    seq_len = min(settings.seq_len, int(limit))
-    extra = -(-settings.held_out_tokens // seq_len)
-    loaded = load_calibration(
+    calibration, held_out = calibration_data(
         chosen,
-        load_tokenizer(checkpoint.path, trust_remote_code=settings.trust_remote_code),
-        samples=settings.samples + extra,
-        seq_len=seq_len,
+        model,
+        memory,
+        samples=settings.samples,
+        seq_len=settings.seq_len,
         seed=settings.seed,
+        held_out_tokens=settings.held_out_tokens,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return (calibration if needed else None), held_out
+
+
+def calibration_data(
+    source: str | Path | None,
+    model: StreamedModel,
+    memory: int,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    held_out_tokens: int = 0,
+    trust_remote_code: bool = False,
+) -> tuple[CalibrationSet, torch.Tensor | None]:
+    """Sequences of the text ``source``, and int64 ``[n, seq_len]`` more of it, kept out, for the certificate.
+
+    ``source`` is what :func:`lowbit.calibration.load_calibration` takes; ``memory`` bounds, in bytes, what sampling
+    text from ``model`` may take. Sequences are no longer than the model's context.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or seq_len
+    seq_len = min(seq_len, int(limit))
+    extra = -(-held_out_tokens // seq_len)
+    loaded = load_calibration(
+        source,
+        load_tokenizer(model.checkpoint.path, trust_remote_code=trust_remote_code),
+        samples=samples + extra,
+        seq_len=seq_len,
+        seed=seed,
         generate=sample_from(model, memory),
     )
     found = len(loaded.ids)
-    kept = min(extra, max(found - settings.samples, found // 8))
+    kept = min(extra, max(found - samples, found // 8))
     ids, held_out = loaded.ids[: found - kept], loaded.ids[found - kept :]
     notes = loaded.notes
-    if len(ids) >= settings.samples:
+    if len(ids) >= samples:
         notes = tuple(note for note in notes if "asked for" not in note)
     calibration = dataclasses.replace(loaded, ids=ids, sha256=ids_hash(ids), tokens=ids.numel(), notes=notes)
-    return (calibration if needed else None), (held_out if kept else None)
+    return calibration, (held_out if kept else None)
