@@ -1,0 +1,166 @@
+"""Ids, texts and kinds of the tokens of a Hugging Face tokenizer, as a GGUF vocabulary lists them.
+
+Kinds are llama.cpp's ``llama_token_type``. Ids that the tokenizer does not use, up to the number of embedding rows,
+become unused tokens ``[PADn]``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import CheckpointError, UnsupportedError
+
+__all__ = [
+    "BYTE",
+    "CONTROL",
+    "NORMAL",
+    "UNKNOWN",
+    "UNUSED",
+    "USER_DEFINED",
+    "Added",
+    "Source",
+    "TokenTable",
+    "check_unique",
+    "open_source",
+    "token_table",
+]
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_KNOWN_BY_TEXT = """
+<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS]
+<|end_of_text|> <end_of_utterance> <eos> <｜end▁of▁sentence｜> <｜fim▁begin｜> <｜fim▁hole｜> <｜fim▁end｜>
+<|fim_prefix|> <fim-prefix> <fim_prefix> <PRE> <|code_prefix|> <|fim_suffix|> <fim-suffix> <fim_suffix> <SUF>
+<|code_suffix|> <|fim_middle|> <fim-middle> <fim_middle> <MID> <|code_middle|> <|fim_pad|> <fim-pad> <fim_pad> <PAD>
+[PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>
+"""
+_ALWAYS_CONTROL = frozenset(_KNOWN_BY_TEXT.split())
+"""Added tokens that llama.cpp knows by their text and takes for control tokens, with a warning where they are not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """An added token: matched in the text before everything else."""
+
+    id: int
+    text: str
+    special: bool
+    strips: bool
+    """Swallows the white space beside it, or must stand alone: llama.cpp does neither."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A Hugging Face tokenizer: the transformers object, its Rust tokenizer, and that one's own description."""
+
+    where: Path
+    tokenizer: Any
+    backend: Any
+    spec: Mapping[str, Any]
+    added: tuple[Added, ...]
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The ``model`` part of ``tokenizer.json``."""
+        model: Mapping[str, Any] = self.spec["model"]
+        return model
+
+    def ids(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of ``text``; ``special`` adds what the tokenizer puts around every text."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def id_of(self, token: object) -> int | None:
+        """The id of a token's text, or None."""
+        return None if token is None else self.backend.token_to_id(str(token))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """Texts and kinds of all tokens, by id."""
+
+    tokens: list[str]
+    kinds: list[int]
+
+
+def open_source(directory: Path) -> Source:
+    """Load the tokenizer of a checkpoint directory with transformers; the network is never asked.
+
+    Raises :class:`CheckpointError` when there is none or it cannot be read, :class:`UnsupportedError` for one that is
+    Python code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(
+        (directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise CheckpointError(f"{directory}: tokenizer missing: copy the original model's tokenizer files here")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers package raises bare Exception for a file that it cannot parse
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UnsupportedError(
+            f"{directory}: {type(tokenizer).__name__} has no tokenizer.json, so its vocabulary cannot go into GGUF: "
+            "save it once with transformers as a fast tokenizer"
+        )
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    spec = json.loads(backend.to_str())
+    added = tuple(
+        Added(
+            entry["id"],
+            entry["content"],
+            bool(entry["special"]),
+            bool(entry["lstrip"] or entry["rstrip"] or entry["single_word"]),
+        )
+        for entry in spec["added_tokens"]
+    )
+    return Source(directory, tokenizer, backend, spec, added)
+
+
+def token_table(source: Source, vocab_size: int) -> TokenTable:
+    """All ``vocab_size`` tokens; kinds of added tokens set, all others normal.
+
+    Raises :class:`CheckpointError` when the tokenizer has ids beyond the embedding's rows, :class:`UnsupportedError`
+    when two ids would have the same text.
+    """
+    vocabulary: dict[str, int] = source.backend.get_vocab(with_added_tokens=True)
+    last = max(vocabulary.values(), default=-1)
+    if last < 0:
+        raise CheckpointError(f"{source.where}: the tokenizer has an empty vocabulary")
+    if last >= vocab_size:
+        raise CheckpointError(
+            f"{source.where}: the tokenizer has {last + 1} tokens but the embedding only {vocab_size} rows: "
+            "the tokenizer files belong to another model"
+        )
+    tokens = [f"[PAD{id}]" for id in range(vocab_size)]
+    kinds = [UNUSED] * vocab_size
+    for text, id in vocabulary.items():
+        tokens[id], kinds[id] = text, NORMAL
+    for token in source.added:
+        control = token.special or token.text in _ALWAYS_CONTROL
+        tokens[token.id], kinds[token.id] = token.text, CONTROL if control else USER_DEFINED
+    check_unique(tokens, source.where)
+    return TokenTable(tokens, kinds)
+
+
+def check_unique(tokens: Sequence[str], where: Path) -> None:
+    """Raise :class:`UnsupportedError` for two tokens of one text, or a token without any: llama.cpp would abort."""
+    seen: dict[str, int] = {}
+    for id, text in enumerate(tokens):
+        if not text:
+            raise UnsupportedError(f"{where}: token {id} is empty: llama.cpp cannot hold it")
+        if text in seen:
+            raise UnsupportedError(
+                f"{where}: tokens {seen[text]} and {id} are both {text!r}: llama.cpp cannot hold them"
+            )
+        seen[text] = id
