@@ -1,7 +1,8 @@
 """Planning: hardware, cost, tensor parallelism, engine rules, and the preflight that uses them all."""
 
 from lowbit.planning.cost import Prediction, Workload, predict
-from lowbit.planning.hardware import Gpu, Hardware, free_disk, measure_gemm, peak_memory, probe
+from lowbit.planning.gpu import Gpu
+from lowbit.planning.hardware import Hardware, NumaNode, free_disk, measure_gemm, peak_memory, probe
 from lowbit.planning.modules import PlannedModule
 from lowbit.planning.parallel import ParallelPlan, tensor_parallel
 from lowbit.planning.preflight import Report, Situation, planned, preflight, round_trip
@@ -11,6 +12,7 @@ __all__ = [
     "Finding",
     "Gpu",
     "Hardware",
+    "NumaNode",
     "ParallelPlan",
     "PlannedModule",
     "Prediction",

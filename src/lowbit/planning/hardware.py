@@ -14,17 +14,19 @@ from pathlib import Path
 import psutil
 import torch
 
+from lowbit.planning.gpu import Gpu
+from lowbit.planning.nvml import nvml_gpus
+
 _UNLIMITED = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
-    """A CUDA device; ``capability`` such as ``(9, 0)``; bytes of memory in all and free."""
+class NumaNode:
+    """A memory node of the machine: its number, the processors beside it, its memory in bytes."""
 
-    name: str
-    capability: tuple[int, int]
+    number: int
+    cpus: int
     memory: int
-    free: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Hardware:
     memory: int
     available: int
     gpus: tuple[Gpu, ...] = ()
+    numa: tuple[NumaNode, ...] = ()
 
 
 def probe(root: Path = Path("/")) -> Hardware:
@@ -60,6 +63,7 @@ def probe(root: Path = Path("/")) -> Hardware:
         memory=min(memory.total, limit),
         available=max(0, min(memory.available, limit - used)),
         gpus=_gpus(),
+        numa=numa_nodes(root),
     )
 
 
@@ -129,6 +133,27 @@ def memory_limit(root: Path) -> tuple[int, int]:
     return _UNLIMITED, 0
 
 
+def numa_nodes(root: Path = Path("/")) -> tuple[NumaNode, ...]:
+    """The memory nodes in ``/sys``, by number; empty where the system does not tell."""
+    found = []
+    for path in (root / "sys/devices/system/node").glob("node[0-9]*"):
+        total = next((line for line in _read(path / "meminfo").splitlines() if "MemTotal:" in line), "")
+        kilobytes = [word for word in total.split() if word.isdigit()][1:]
+        memory = int(kilobytes[0]) * 1024 if kilobytes else 0
+        found.append(NumaNode(int(path.name[4:]), _count_cpus(_read(path / "cpulist")), memory))
+    return tuple(sorted(found, key=lambda node: node.number))
+
+
+def _count_cpus(text: str) -> int:
+    """Processors in a list such as ``0-15,32-47``."""
+    count = 0
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            count += int(last) - int(first) + 1 if last.isdigit() else 1
+    return count
+
+
 def _usable_cpus(root: Path) -> float:
     count = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     quota = _read(root / "sys/fs/cgroup/cpu.max").split()
@@ -147,7 +172,7 @@ def _cpu_name(cpuinfo: str) -> str:
 
 def _gpus() -> tuple[Gpu, ...]:
     if not torch.cuda.is_available():
-        return ()
+        return nvml_gpus()
     found = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)

@@ -1,0 +1,202 @@
+"""Memory that an engine takes to serve a model, part by part, each engine by its own formula.
+
+Exact parts: weights (from headers) and cache (:mod:`lowbit.planning.kv`). llama.cpp's compute and output buffers were
+measured on 40 shapes and are exact for feed-forwards wider than the model. vLLM's activations follow its profiling run;
+its CUDA context and graphs are figures fitted to published start-up logs, which :data:`ASSUMED` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from lowbit.checkpoint import ModelDescription
+from lowbit.checkpoint.layers import LayerState
+from lowbit.planning.kv import llama_cpp_cache, vllm_pool
+from lowbit.planning.kv_dtypes import LLAMA_CPP, VLLM, KvDtype
+
+MIB, GIB = 2**20, 2**30
+
+ASSUMED = ("activations", "graphs", "engine")
+"""Parts that rest on fitted figures, not on arithmetic."""
+
+VLLM_CPU_BLOCK = 128
+"""Tokens in a page of vLLM's CPU build."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """An image encoder: ``tokens`` that one image of the largest size becomes, ``patches`` for each of them."""
+
+    hidden: int
+    ffn: int
+    tokens: int
+    patches: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model as engines see it. ``weights`` are bytes on one device, ``embedding`` those of its token table.
+
+    ``repacked`` are bytes that llama.cpp copies into another order on a CPU, keeping the mapped file as well.
+    """
+
+    shape: ModelDescription
+    layers: tuple[LayerState, ...]
+    weights: int
+    embedding: int = 0
+    repacked: int = 0
+    encoder: Encoder | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is asked of an engine: ``concurrency`` requests of ``context`` tokens on ``devices`` (GPUs, or the CPU).
+
+    ``batch_tokens`` are computed at a time (vLLM's ``--max-num-batched-tokens``, llama.cpp's ``--ubatch-size``).
+    """
+
+    context: int
+    concurrency: int
+    kv: KvDtype
+    batch_tokens: int
+    devices: int = 1
+    gpu: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by part on one device, and on the host beside it (the whole on a machine without GPUs)."""
+
+    parts: Mapping[str, int]
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes that one device must have."""
+        return sum(self.parts.values())
+
+
+def vllm_memory(model: Served, load: Load) -> Memory:
+    """vLLM: weights, pool, the peak of its profiling run, CUDA context with NCCL, and CUDA graphs."""
+    block = 16 if load.gpu else VLLM_CPU_BLOCK
+    pool = vllm_pool(model.layers, load.kv, load.devices, load.batch_tokens, block)
+    parts = {
+        "weights": model.weights,
+        "kv cache": pool.bytes(load.context, load.concurrency),
+        "activations": _activations(model, load),
+    }
+    if not load.gpu:
+        return Memory({**parts, "engine": VLLM_CPU_BASE})
+    parts["graphs"] = int(_GRAPHS + _GRAPHS_SHARE * model.weights)
+    parts["engine"] = _CUDA_CONTEXT + (_NCCL if load.devices > 1 else 0)
+    return Memory(parts, host=_VLLM_HOST * (load.devices + 1))
+
+
+def llama_cpp_memory(model: Served, load: Load) -> Memory:
+    """llama.cpp: the mapped file, caches, the compute buffer of the widest step, logits, and the process."""
+    shape, tokens = model.shape, load.batch_tokens
+    cache = llama_cpp_cache(model.layers, load.kv, load.context, load.concurrency, tokens)
+    logits = 4 * load.concurrency * shape.vocab
+    wide = 3 * (max(1, shape.experts_per_token) * shape.expert_ffn if shape.is_moe else shape.ffn)
+    widest = max(4 * tokens * max(wide, 2 * shape.heads * shape.head_dim), logits)
+    masks = 2 * tokens * (cache.cells + cache.sliding_cells)
+    compute = 4 * tokens * 5 * shape.hidden + widest + masks
+    process = LLAMA_CPP_BASE + LLAMA_CPP_PER_TOKEN * shape.vocab
+    if not load.gpu:
+        weights = model.weights + model.repacked
+        parts = {"weights": weights, "kv cache": cache.bytes, "activations": compute + logits, "engine": process}
+        return Memory(parts)
+    # The token table stays in host memory; a tied one is copied to the device to serve as the output matrix.
+    kept = model.embedding if not shape.tied else 0
+    parts = {
+        "weights": model.weights - kept,
+        "kv cache": cache.bytes,
+        "activations": compute,
+        "engine": _CUDA_CONTEXT,
+    }
+    return Memory(parts, host=process + model.embedding + logits)
+
+
+MEMORY: Mapping[str, Callable[[Served, Load], Memory]] = {VLLM: vllm_memory, LLAMA_CPP: llama_cpp_memory}
+"""The formula of each engine."""
+
+BATCH_TOKENS: Mapping[str, int] = {VLLM: 2048, LLAMA_CPP: 512}
+"""Tokens computed at a time unless a flag says otherwise."""
+
+LLAMA_CPP_BASE = 31 * MIB
+LLAMA_CPP_PER_TOKEN = 225
+"""Resident bytes of a llama.cpp process, and per token of the vocabulary (measured, release of autumn 2026)."""
+
+VLLM_CPU_BASE = 2200 * MIB
+"""Resident bytes of vLLM's CPU processes without weights and cache."""
+
+_CUDA_CONTEXT = 600 * MIB
+_NCCL = 900 * MIB
+_GRAPHS = 200 * MIB
+_GRAPHS_SHARE = 0.015
+_VLLM_HOST = 2 * GIB
+
+
+def _activations(model: Served, load: Load) -> int:
+    """The larger of the widest step of a full batch and of sampling; of the image encoder, if there is one."""
+    shape, tokens, devices = model.shape, load.batch_tokens, load.devices
+    item = 2
+    if shape.is_moe:
+        chosen, width = max(1, shape.experts_per_token), shape.expert_ffn / devices
+        feed_forward = chosen * (max(2 * width, shape.hidden) + width)
+    else:
+        feed_forward = 3 * shape.ffn / devices
+    attention = 2 * (shape.heads + 2 * max(shape.kv_heads, devices)) * shape.head_dim / devices
+    forward = int(item * tokens * (2 * shape.hidden + max(feed_forward, attention)))
+    sampling = load.concurrency * shape.vocab * (item + 4 + 4)
+    image = 0
+    if (encoder := model.encoder) is not None:
+        patches = max(tokens, encoder.tokens) * encoder.patches
+        image = item * patches * (2 * encoder.hidden + max(3 * encoder.ffn, 4 * encoder.hidden))
+        image += item * max(tokens, encoder.tokens) * shape.hidden
+    return max(forward, sampling, image)
+
+
+def largest(fits: Callable[[int], bool], limit: int, step: int = 1) -> int:
+    """The largest multiple of ``step`` up to ``limit`` for which ``fits`` holds (it must not hold again after it
+    failed); 0 if there is none."""
+    low, high = 0, limit // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle - 1)
+    return low * step
+
+
+def largest_concurrency(engine: str, model: Served, load: Load, budget: int, limit: int = 4096) -> int:
+    """Most requests of ``load.context`` tokens that ``budget`` bytes of one device hold; 0 if not one."""
+    formula = MEMORY[engine]
+    return largest(lambda n: formula(model, replace(load, concurrency=n)).total <= budget, limit)
+
+
+def largest_context(engine: str, model: Served, load: Load, budget: int, limit: int) -> int:
+    """Longest context, in steps of 256 tokens, that ``load.concurrency`` requests may have; 0 if none."""
+    formula = MEMORY[engine]
+    return largest(lambda n: formula(model, replace(load, context=n)).total <= budget, limit, min(256, limit))
+
+
+def shared_memory(gpus: int) -> int:
+    """Bytes of ``/dev/shm`` that tensor-parallel workers can come to need; see the constants for what is counted."""
+    if gpus <= 1:
+        return _QUEUE
+    return _QUEUE * 2 + gpus * (gpus - 1) * _NCCL_CHANNELS * _NCCL_CONNECTION
+
+
+_QUEUE = 10 * 16 * MIB
+"""vLLM's message queue between its processes: ten chunks of 16 MiB."""
+_NCCL_CHANNELS = 16
+_NCCL_CONNECTION = 10 * MIB
+"""NCCL's buffers for one direction between a pair and one channel, where GPUs reach each other through the host."""
+
+
+def shm_advice(gpus: int) -> int:
+    """A size for ``--shm-size``, in GiB: the need with half as much again, up to a power of two."""
+    need, size = 1.5 * shared_memory(gpus) / GIB, 1
+    while size < need:
+        size *= 2
+    return size
