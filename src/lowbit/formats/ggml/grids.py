@@ -17,7 +17,7 @@ from lowbit.formats.ggml.types import GGML_TYPES, GgmlType
 from lowbit.formats.spec import PER_TENSOR, IntSpec
 from lowbit.formats.tensor import QuantizedTensor
 
-__all__ = ["Rounding", "from_integer", "grid_type", "to_integer"]
+__all__ = ["Rounding", "from_integer", "grid_spec", "grid_type", "to_integer"]
 
 BLOCK = 32
 """Columns that share a scale in every type that an integer grid fits."""
@@ -104,17 +104,24 @@ def from_integer(q: QuantizedTensor, kind: GgmlType | None = None) -> tuple[Bloc
     return BlockTensor(kind, blocks), rounding
 
 
+def grid_spec(kind: GgmlType) -> IntSpec:
+    """The integer grid of :func:`to_integer`; :class:`UnsupportedError` for a type that is none."""
+    bits = _BITS.get(kind.name)
+    if bits is None:
+        raise UnsupportedError(
+            f"{kind} is no integer grid with whole zero points",
+            ["only Q4_0, Q5_0 and Q8_0 are", "convert to --format dense and quantize that"],
+        )
+    return IntSpec(bits, BLOCK, symmetric=True, scale_dtype=torch.float16)
+
+
 def to_integer(tensor: BlockTensor) -> QuantizedTensor:
     """The symmetric integer grid of Q4_0, Q5_0 or Q8_0 blocks: the same codes and float16 scales in groups of 32.
 
     Raises :class:`UnsupportedError` for other types: their minima or codebooks are no integer zero points.
     """
-    bits = _BITS.get(tensor.type.name)
-    if bits is None:
-        raise UnsupportedError(
-            f"{tensor.type} is no integer grid with whole zero points",
-            ["only Q4_0, Q5_0 and Q8_0 are", "convert to --format dense and quantize that"],
-        )
+    spec = grid_spec(tensor.type)
+    bits = spec.bits
     rows, columns = tensor.shape
     split = tensor.blocks.cpu().view(rows, columns // BLOCK, tensor.type.block_bytes)
     scales = split[:, :, :2].contiguous().view(torch.float16)[:, :, 0]
@@ -125,7 +132,6 @@ def to_integer(tensor: BlockTensor) -> QuantizedTensor:
         codes = torch.cat([nibbles & 15, nibbles >> 4], 2)
         if bits == 5:
             codes |= _bits_of(split[:, :, 2:6]) << 4
-    spec = IntSpec(bits, BLOCK, symmetric=True, scale_dtype=torch.float16)
     return QuantizedTensor(spec, codes.reshape(rows, columns), scales.contiguous())
 
 
