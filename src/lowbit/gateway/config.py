@@ -278,7 +278,7 @@ def parse_config(
     content: Any,
     *,
     where: str = "config",
-    lines: dict[tuple[str | int, ...], int] | None = None,
+    lines: Lines | None = None,
     base: Path | None = None,
 ) -> ServeConfig:
     """A configuration from plain values; a relative ``path`` that exists beside the file (``base``) is taken there."""

@@ -1,8 +1,9 @@
-"""What to do with a request, and what an event teaches: pure functions of (policy, snapshot, request).
+"""The data of the serving policy: what is fixed, what changes, what is asked and what is answered.
 
-No clock, no input or output, no chance: the time is in the snapshot and in each event. The pool feeds every event to
-:func:`lowbit.gateway.learning.observe` and asks :func:`decide` for each request, so that a simulation that does the
-same tests exactly what runs.
+The policy itself is three pure functions: :func:`lowbit.gateway.routing.decide` for a request,
+:func:`lowbit.gateway.routing.maintain` for the background, and :func:`lowbit.gateway.learning.observe` for what an
+event teaches. No clock, no input or output, no chance: the time is in the snapshot and in each event. The pool does
+nothing but carry events and decisions, so that a simulation that does the same tests exactly what runs.
 
 The rules, from the four services that people write by hand:
 
@@ -129,7 +130,7 @@ class TierHealth:
     ``memory`` is what it holds now (reserved from the start of loading until the process is gone); ``openings`` counts
     openings of the circuit without a success between them; ``cooldown`` is the present cool-down; averages are
     exponential, in seconds, None until measured; ``measured_at`` is when they were last fed; ``incarnation`` counts its
-    processes.
+    processes; ``changed_at`` is when ``state`` last changed.
     """
 
     state: TierState = "cold"
@@ -147,9 +148,11 @@ class TierHealth:
     last_used: float = -INFINITY
     pinned: bool = False
     incarnation: int = 0
+    changed_at: float = -INFINITY
     reason: str = ""
 
-    def closes_at(self) -> float:
+    @property
+    def probe_at(self) -> float:
         """When an open circuit may be probed; -inf where it is not open."""
         return self.opened_at + self.cooldown if self.circuit == "open" else -INFINITY
 
@@ -172,12 +175,17 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything that changes: the time, the health of each tier by id, the level of each model by name."""
+    """Everything that changes: the time, the health of each tier by id, the level of each model by name.
+
+    While tiers are drained to make room for ``reserved``, until ``reserved_until``, the memory is kept for it.
+    """
 
     now: float
     tiers: Mapping[str, TierHealth]
     levels: Mapping[str, Level]
     memory_budget: int
+    reserved: str | None = None
+    reserved_until: float = -INFINITY
 
     @property
     def memory(self) -> int:
