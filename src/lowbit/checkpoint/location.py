@@ -17,6 +17,7 @@ __all__ = ["WeightFiles", "find_weights", "locate"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+_GGUF_PART = re.compile(r".+-(?P<number>\d{5})-of-\d{5}\.gguf")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"})
 _HUB_FILES = (
@@ -54,8 +55,8 @@ def locate(
 ) -> Path:
     """The local directory of ``source``: an existing directory, ``"demo"``, or a hub id (downloaded or from the cache).
 
-    Raises :class:`CheckpointError` saying what to do when there is no such directory, the hub cannot be reached or
-    refuses.
+    A GGUF file is its own place, and so is the one model of a directory with GGUF files and no ``config.json``. Raises
+    :class:`CheckpointError` saying what to do when there is no such directory, the hub cannot be reached or refuses.
     """
     text = str(source)
     if text == "demo":
@@ -64,12 +65,25 @@ def locate(
         return DEMO_DIRECTORY
     path = Path(source).expanduser()
     if path.is_dir():
+        return path if (path / "config.json").exists() else _gguf_model(path)
+    if path.suffix == ".gguf" and path.is_file():
         return path
     if path.exists():
-        raise CheckpointError(f"{path}: is a file; name the directory that holds config.json and the weights")
+        raise CheckpointError(
+            f"{path}: is a file; name the directory that holds config.json and the weights, or a .gguf file"
+        )
     if isinstance(source, Path) or not is_hub_id(text):
         raise CheckpointError(f"{path}: no such directory (and not a hub id, which reads like organisation/model)")
     return _download(text, revision, allow_pickle, trust_remote_code)
+
+
+def _gguf_model(path: Path) -> Path:
+    """The GGUF model in a directory, the first file of a split one; the directory itself where there is none."""
+    files = sorted(path.glob("*.gguf"))
+    models = [file for file in files if (part := _GGUF_PART.fullmatch(file.name)) is None or int(part["number"]) == 1]
+    if len(models) > 1:
+        raise CheckpointError(f"{path}: holds {len(models)} GGUF models: name one of them, such as {models[0].name}")
+    return models[0] if models else path
 
 
 def is_hub_id(text: str) -> bool:

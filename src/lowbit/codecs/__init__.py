@@ -3,16 +3,18 @@
 from collections.abc import Mapping
 
 from lowbit.codecs.awq import AwqCodec
-from lowbit.codecs.codec import Codec, StoredModule, TensorHeader
+from lowbit.codecs.codec import Codec, StoredBlocks, StoredGrid, StoredModule, TensorHeader
 from lowbit.codecs.compressed_tensors import CompressedTensorsCodec
 from lowbit.codecs.dense import DenseCodec
 from lowbit.codecs.fitting import fit, fitting_spec, regrid
 from lowbit.codecs.gptq import GptqCodec
+from lowbit.codecs.opening import open_model
 from lowbit.codecs.reading import (
     dense_names,
     local_tensors,
     module_plan,
     read_dense,
+    read_dense_rows,
     read_quantized,
     read_weight,
     stored_format,
@@ -25,6 +27,8 @@ __all__ = [
     "CompressedTensorsCodec",
     "DenseCodec",
     "GptqCodec",
+    "StoredBlocks",
+    "StoredGrid",
     "StoredModule",
     "TensorHeader",
     "dense_names",
@@ -32,7 +36,9 @@ __all__ = [
     "fitting_spec",
     "local_tensors",
     "module_plan",
+    "open_model",
     "read_dense",
+    "read_dense_rows",
     "read_quantized",
     "read_weight",
     "regrid",

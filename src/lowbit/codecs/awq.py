@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lowbit.codecs.codec import (
-    StoredModule,
+    StoredGrid,
     TensorHeader,
     bits_reasons,
     group_reasons,
@@ -132,7 +132,7 @@ class AwqCodec:
             "modules_to_not_convert": list(left_dense),
         }
 
-    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredModule]:
+    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredGrid]:
         """Modules with a ``qweight``. Accepts the spellings of AutoAWQ's own file (``w_bit``, ``q_group_size``)."""
         layout = str(config.get("version") or config.get("format") or config.get("checkpoint_format") or "gemm").lower()
         if layout != "gemm":
@@ -143,7 +143,7 @@ class AwqCodec:
         group_size = integer(config, ("q_group_size", "group_size"), 128)
         if bits != 4:
             raise UnsupportedError(f"AWQ with {bits} bits cannot be read", ["4 bits can"])
-        plan: dict[str, StoredModule] = {}
+        plan: dict[str, StoredGrid] = {}
         for name in tensors:
             if not name.endswith(".qweight"):
                 continue
@@ -156,5 +156,5 @@ class AwqCodec:
                     f"{module}: qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} do not fit {spec}: "
                     "config and weights disagree"
                 )
-            plan[module] = StoredModule(self, spec, (rows, columns))
+            plan[module] = StoredGrid(self, spec, (rows, columns))
         return plan

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
+from lowbit.codecs.gguf.blocks import GgufCodec
 from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.formats.ggml import BlockTensor, GgmlType
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.tensor import QuantizedTensor
 
-__all__ = ["Codec", "StoredModule", "TensorHeader"]
+__all__ = ["Codec", "StoredBlocks", "StoredGrid", "StoredModule", "TensorHeader"]
 
 _USUAL_GROUPS = (16, 32, 64, 128, 256, 512)
 
@@ -78,7 +80,7 @@ class Codec(Protocol):
         """
         ...
 
-    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredModule]:
+    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredGrid]:
         """Which modules of a checkpoint with this ``quantization_config`` are quantized, and how.
 
         Raises :class:`UnsupportedError` for a variant that cannot be read and :class:`CheckpointError` where the
@@ -87,13 +89,42 @@ class Codec(Protocol):
         ...
 
 
-class StoredModule(NamedTuple):
-    """How one module's weight is stored."""
+class StoredGrid(NamedTuple):
+    """How one module's weight is stored, on an integer grid."""
 
     codec: Codec
     spec: IntSpec
     shape: tuple[int, int]
     """``(out_features, in_features)``"""
+
+    def local_names(self) -> frozenset[str]:
+        """Names of the tensors that make up the weight, those that may be absent not counted."""
+        return self.codec.local_names(self.spec)
+
+    def decode(self, tensors: Mapping[str, torch.Tensor]) -> QuantizedTensor:
+        """The weight; :class:`CheckpointError` for missing, misshapen or contradictory tensors."""
+        return self.codec.decode(tensors, self.spec, self.shape)
+
+
+class StoredBlocks(NamedTuple):
+    """How one module's weight is stored in a GGUF file."""
+
+    codec: GgufCodec
+    spec: GgmlType
+    shape: tuple[int, int]
+    """``(out_features, in_features)``"""
+
+    def local_names(self) -> frozenset[str]:
+        """Names of the tensors that make up the weight."""
+        return self.codec.local_names(self.spec)
+
+    def decode(self, tensors: Mapping[str, torch.Tensor]) -> BlockTensor:
+        """The weight; :class:`CheckpointError` for missing or misshapen blocks."""
+        return self.codec.decode(tensors, self.spec, self.shape)
+
+
+StoredModule: TypeAlias = StoredGrid | StoredBlocks
+"""How one module's weight is stored."""
 
 
 def group_reasons(spec: IntSpec, in_features: int) -> list[str]:

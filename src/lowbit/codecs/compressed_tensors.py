@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from lowbit.codecs.codec import (
-    StoredModule,
+    StoredGrid,
     TensorHeader,
     bits_reasons,
     group_reasons,
@@ -182,14 +182,14 @@ class CompressedTensorsCodec:
             "global_compression_ratio": None,
         }
 
-    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredModule]:
+    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredGrid]:
         """Modules with a ``weight_packed`` or an int8 ``weight`` with a scale, each with the group that targets it."""
         for key, what in (("sparsity_config", "sparse weights"), ("transform_config", "rotated weights")):
             found = config.get(key)
             if isinstance(found, Mapping) and (found.get("config_groups") or found.get("format", "dense") != "dense"):
                 raise UnsupportedError(f"compressed-tensors {key} ({what}) cannot be read", ["decompress it first"])
         schemes = _Schemes(config)
-        plan: dict[str, StoredModule] = {}
+        plan: dict[str, StoredGrid] = {}
         for name in tensors:
             module, _, last = name.rpartition(".")
             if last == "weight_packed":
@@ -254,7 +254,7 @@ class _Schemes:
             )
         return weights
 
-    def packed_module(self, module: str, tensors: Mapping[str, TensorHeader]) -> StoredModule:
+    def packed_module(self, module: str, tensors: Mapping[str, TensorHeader]) -> StoredGrid:
         weights = self.weights(module)
         packed = stored(tensors, f"{module}.weight_packed", 2)
         if packed.dtype != torch.int32:
@@ -262,15 +262,15 @@ class _Schemes:
         spec = _spec(weights, tensors[f"{module}.weight_scale"].dtype if f"{module}.weight_scale" in tensors else None)
         rows, words = packed.shape
         columns = _columns(module, spec, words, tensors)
-        return StoredModule(CompressedTensorsCodec(), spec, (rows, columns))
+        return StoredGrid(CompressedTensorsCodec(), spec, (rows, columns))
 
-    def plain_module(self, module: str, tensors: Mapping[str, TensorHeader]) -> StoredModule:
+    def plain_module(self, module: str, tensors: Mapping[str, TensorHeader]) -> StoredGrid:
         weights = self.weights(module)
         weight = stored(tensors, f"{module}.weight", 2)
         if weight.dtype != torch.int8:
             raise UnsupportedError(f"{module}.weight is {weight.dtype}", ["only int8 weights with a scale can be read"])
         spec = _spec(weights, tensors[f"{module}.weight_scale"].dtype)
-        return StoredModule(CompressedTensorsCodec("int8"), spec, (weight.shape[0], weight.shape[1]))
+        return StoredGrid(CompressedTensorsCodec("int8"), spec, (weight.shape[0], weight.shape[1]))
 
 
 def _columns(module: str, spec: IntSpec, words: int, tensors: Mapping[str, TensorHeader]) -> int:

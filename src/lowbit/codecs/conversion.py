@@ -16,15 +16,19 @@ from typing import Any, Protocol
 import torch
 
 from lowbit import __version__
-from lowbit.checkpoint import Checkpoint, Manifest, PartialCheckpoint, hash_file, open_checkpoint, read_manifest
+from lowbit.checkpoint import Checkpoint, Manifest, PartialCheckpoint, hash_file, read_manifest
 from lowbit.codecs import CODECS
-from lowbit.codecs.codec import Codec, StoredModule
+from lowbit.codecs.codec import Codec, StoredBlocks, StoredGrid, StoredModule
 from lowbit.codecs.dense import DenseCodec
 from lowbit.codecs.fitting import fitting_spec, is_centred, regrid
+from lowbit.codecs.gguf.checkpoint import GgufCheckpoint
 from lowbit.codecs.gptq import GptqCodec
 from lowbit.codecs.names import in_numbered_block
+from lowbit.codecs.opening import open_model
 from lowbit.codecs.reading import dense_names, local_tensors, module_plan, read_quantized, stored_format
 from lowbit.errors import UnsupportedError, UsageError
+from lowbit.formats.ggml import BlockTensor
+from lowbit.formats.ggml.grids import grid_spec, to_integer
 from lowbit.formats.spec import IntSpec
 
 __all__ = ["DTYPES", "ConversionResult", "convert_checkpoint"]
@@ -91,6 +95,9 @@ def convert_checkpoint(
 ) -> ConversionResult:
     """Write the checkpoint ``source`` to the directory ``out`` in ``format`` (a key of :data:`lowbit.codecs.CODECS`).
 
+    ``source`` may be a GGUF file. Where its blocks of 32 are integer grids (Q4_0, Q5_0, Q8_0), the linears inside the
+    model's blocks keep their codes; embedding and head are written as floats.
+
     Quantized weights keep their values exactly; where the target's grids cannot hold them :class:`UnsupportedError`
     gives the reasons and nothing is written. ``dense`` writes the values as floats of ``dtype`` (default: the model's).
     ``dtype`` also casts the tensors that are not quantized. A dense source has no grid: quantize it instead.
@@ -99,7 +106,7 @@ def convert_checkpoint(
     codec = CODECS.get(format)
     if codec is None:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(CODECS)}")
-    with open_checkpoint(
+    with open_model(
         source, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
     ) as checkpoint:
         conversion = _Conversion(checkpoint, codec, _dtype(dtype))
@@ -134,12 +141,12 @@ class _Conversion:
         self.ordered = [module for module in self.plan if not _in_order(checkpoint, self.plan, module)]
         self.specs = {} if self.dense else _target_specs(checkpoint, self.plan, codec, self.ordered)
         details = {"desc_act": True} if self.ordered else {}
-        self.quantization = codec.config(self.specs, _left_dense(checkpoint, self.plan), details=details)
+        self.quantization = codec.config(self.specs, _left_dense(checkpoint, self.specs), details=details)
         self.notes = _notes(checkpoint, self.plan, self.quantization)
 
     @property
     def exact(self) -> bool:
-        lossy = self.dense and bool(self.plan) and self.weight_dtype != torch.float32
+        lossy = len(self.specs) < len(self.plan) and self.weight_dtype != torch.float32
         return not lossy and not (self.dtype is not None and self._casts())
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -150,8 +157,10 @@ class _Conversion:
             return {name: tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor}
         weight = read_quantized(self.checkpoint, module, self.plan[module])
         weight.validate(f"{self.checkpoint.path}: {module}")
-        if self.dense:
+        if module not in self.specs:
             return {name: weight.dequantize(self.weight_dtype)}
+        if isinstance(weight, BlockTensor):
+            weight = to_integer(weight)
         encoded = self.codec.encode(regrid(weight, self.specs[module]))
         return {f"{module}.{local}": tensor for local, tensor in encoded.items()}
 
@@ -174,7 +183,8 @@ class _Conversion:
         for module, entry in self.plan.items():
             known = dict(origin.modules.get(module, {})) if origin else {}
             spec = self.specs.get(module, entry.spec)
-            bits = self.weight_dtype.itemsize * 8.0 if self.dense else spec.bits_per_weight(*entry.shape)
+            dense = module not in self.specs
+            bits = self.weight_dtype.itemsize * 8.0 if dense else spec.bits_per_weight(*entry.shape)
             modules[module] = {**known, "spec": str(spec), "bits_per_weight": bits}
         recipe: dict[str, Any] = {
             "convert": {
@@ -209,7 +219,7 @@ class _Conversion:
         )
 
     def _regridded(self) -> int:
-        return sum(self.plan[module].spec != spec for module, spec in self.specs.items())
+        return sum(_grid(self.plan[module]) != spec for module, spec in self.specs.items())
 
     def _casts(self) -> bool:
         hidden = _hidden(self.checkpoint, self.plan)
@@ -255,18 +265,26 @@ def _target_specs(
     centred = all(_centred(checkpoint, module, entry) for module, entry in plan.items())
     specs: dict[str, IntSpec] = {}
     for module, entry in plan.items():
+        if isinstance(entry, StoredBlocks) and not in_numbered_block(module):
+            continue  # embedding and head: engines want them dense
         try:
-            spec = fitting_spec(entry.spec, entry.shape, codec, centred=centred or entry.spec.symmetric)
+            source = _grid(entry)
+            spec = fitting_spec(source, entry.shape, codec, centred=centred or source.symmetric)
         except UnsupportedError as error:
             raise UnsupportedError(f"{module}: {error}") from error
-        if spec.scale_dtype != entry.spec.scale_dtype:
+        if spec.scale_dtype != source.scale_dtype:
             _check_scales(checkpoint, module, entry, spec.scale_dtype)
         specs[module] = spec
     return specs
 
 
+def _grid(entry: StoredModule) -> IntSpec:
+    """The integer grid of a stored weight; :class:`UnsupportedError` for blocks that are none."""
+    return grid_spec(entry.spec) if isinstance(entry, StoredBlocks) else entry.spec
+
+
 def _centred(checkpoint: Checkpoint, module: str, entry: StoredModule) -> bool:
-    if entry.spec.symmetric:
+    if isinstance(entry, StoredBlocks) or entry.spec.symmetric:
         return True
     tensors = _local(checkpoint, module, entry, _ZEROS)
     return is_centred(entry.spec, entry.codec.zero_points(tensors, entry.spec, entry.shape))
@@ -283,6 +301,8 @@ def _check_scales(checkpoint: Checkpoint, module: str, entry: StoredModule, dtyp
 
 def _in_order(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], module: str) -> bool:
     entry = plan[module]
+    if isinstance(entry, StoredBlocks):
+        return True
     columns, size = entry.shape[1], entry.spec.group_size
     return size <= 0 or all(
         torch.equal(order.long(), torch.arange(columns) // size)
@@ -299,13 +319,15 @@ def _hidden(checkpoint: Checkpoint, plan: Mapping[str, StoredModule]) -> set[str
     return {name for module, entry in plan.items() for name in local_tensors(checkpoint, module, entry).values()}
 
 
-def _left_dense(checkpoint: Checkpoint, plan: Mapping[str, StoredModule]) -> list[str]:
+def _left_dense(checkpoint: Checkpoint, specs: Mapping[str, IntSpec]) -> list[str]:
     """Dense matrices of the blocks, and the head: what a reader could otherwise take for quantized."""
+    blocks = isinstance(checkpoint, GgufCheckpoint)
 
     def candidates() -> Iterator[str]:
         for name, info in checkpoint.tensors.items():
             module = name.removesuffix(".weight")
-            if module != name and module not in plan and len(info.shape) == 2 and info.dtype.is_floating_point:
+            dense = info.dtype.is_floating_point or blocks
+            if module != name and module not in specs and len(info.shape) == 2 and dense:
                 yield module
 
     return [name for name in candidates() if in_numbered_block(name) or name.rpartition(".")[2] in _HEADS]
@@ -347,7 +369,7 @@ def _model_dtype(checkpoint: Checkpoint, plan: Mapping[str, StoredModule]) -> to
             name = str(config.get(key) or "").removeprefix("torch.")
             if name in DTYPES:
                 return DTYPES[name]
-    return next((entry.spec.scale_dtype for entry in plan.values()), torch.float32)
+    return next((entry.spec.scale_dtype for entry in plan.values() if isinstance(entry, StoredGrid)), torch.float32)
 
 
 def _dtype(value: str | torch.dtype | None) -> torch.dtype | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lowbit.codecs.codec import StoredModule, TensorHeader
+from lowbit.codecs.codec import StoredGrid, TensorHeader
 from lowbit.errors import UnsupportedError
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.tensor import QuantizedTensor
@@ -57,6 +57,6 @@ class DenseCodec:
         """Empty: a dense checkpoint has no ``quantization_config``."""
         return {}
 
-    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredModule]:
+    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredGrid]:
         """Empty: nothing is quantized."""
         return {}

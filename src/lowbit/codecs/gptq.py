@@ -23,7 +23,7 @@ import torch
 
 from lowbit import __version__
 from lowbit.codecs.codec import (
-    StoredModule,
+    StoredGrid,
     TensorHeader,
     bits_reasons,
     group_reasons,
@@ -153,7 +153,7 @@ class GptqCodec:
         config["meta"] = {"quantizer": [f"lowbit:{__version__}"], **meta}
         return config
 
-    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredModule]:
+    def read_plan(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, StoredGrid]:
         """Modules with a ``qweight``, with the config's base settings and ``dynamic`` rules."""
         layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
         if config.get("is_marlin_format"):
@@ -167,7 +167,7 @@ class GptqCodec:
         rules = config.get("dynamic") or {}
         if not isinstance(rules, Mapping):
             raise CheckpointError("quantization_config: dynamic must map regular expressions to settings")
-        plan: dict[str, StoredModule] = {}
+        plan: dict[str, StoredGrid] = {}
         for name in tensors:
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")
@@ -225,7 +225,7 @@ def _override(rules: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 
 def _stored_module(
     codec: GptqCodec, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader], module: str
-) -> StoredModule:
+) -> StoredGrid:
     bits = integer(config, ("bits",))
     if bits not in _BITS:
         raise UnsupportedError(f"{module}: GPTQ with {bits} bits cannot be read", ["2, 3, 4 and 8 bits can"])
@@ -244,4 +244,4 @@ def _stored_module(
             f"{module}: qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} do not fit {spec}: "
             "config and weights disagree"
         )
-    return StoredModule(codec, spec, (rows, columns))
+    return StoredGrid(codec, spec, (rows, columns))

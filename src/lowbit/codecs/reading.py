@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.codecs.awq import AwqCodec
-from lowbit.codecs.codec import Codec, StoredModule
+from lowbit.codecs.codec import Codec, StoredGrid, StoredModule
 from lowbit.codecs.compressed_tensors import CompressedTensorsCodec
+from lowbit.codecs.gguf.checkpoint import GgufCheckpoint
 from lowbit.codecs.gptq import GptqCodec
 from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.formats.ggml import BlockTensor
 from lowbit.formats.tensor import QuantizedTensor
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "local_tensors",
     "module_plan",
     "read_dense",
+    "read_dense_rows",
     "read_quantized",
     "read_weight",
     "stored_format",
@@ -42,6 +45,8 @@ def module_plan(checkpoint: Checkpoint) -> dict[str, StoredModule]:
     Raises :class:`UnsupportedError` for a format that cannot be read, :class:`CheckpointError` where the config and
     the tensors contradict each other.
     """
+    if isinstance(checkpoint, GgufCheckpoint):
+        return dict(checkpoint.modules)
     config = checkpoint.quantization_config
     if not config:
         if odd := next((name for name in checkpoint.tensors if name.endswith(_TELLTALES)), None):
@@ -57,9 +62,8 @@ def module_plan(checkpoint: Checkpoint) -> dict[str, StoredModule]:
             [f"lowbit reads {', '.join(READERS)} and dense checkpoints"],
         )
     try:
-        plan = reader.read_plan(config, checkpoint.tensors)
-        for module, entry in plan.items():
-            plan[module] = _exact(checkpoint, module, entry)
+        found = reader.read_plan(config, checkpoint.tensors)
+        plan: dict[str, StoredModule] = {module: _exact(checkpoint, module, entry) for module, entry in found.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
     if not plan:
@@ -74,17 +78,25 @@ def stored_format(plan: Mapping[str, StoredModule]) -> str:
 
 def read_weight(
     checkpoint: Checkpoint, plan: Mapping[str, StoredModule], module: str
-) -> QuantizedTensor | torch.Tensor:
+) -> QuantizedTensor | BlockTensor | torch.Tensor:
     """The weight of ``module``: as it was quantized, or the stored tensor ``module.weight`` if it is dense."""
     entry = plan.get(module)
     return checkpoint.read(f"{module}.weight") if entry is None else read_quantized(checkpoint, module, entry)
 
 
-def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredModule) -> QuantizedTensor:
+@overload
+def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredGrid) -> QuantizedTensor: ...
+
+
+@overload
+def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredModule) -> QuantizedTensor | BlockTensor: ...
+
+
+def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredModule) -> QuantizedTensor | BlockTensor:
     """The weight of a quantized ``module``; :class:`CheckpointError` naming file and module if it cannot be decoded."""
     tensors = {local: checkpoint.read(name) for local, name in local_tensors(checkpoint, module, entry).items()}
     try:
-        return entry.codec.decode(tensors, entry.spec, entry.shape)
+        return entry.decode(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {module}: {error}") from error
 
@@ -98,6 +110,22 @@ def read_dense(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], name: s
     if module == name or module not in plan:
         return checkpoint.read(name)
     return read_quantized(checkpoint, module, plan[module]).dequantize()
+
+
+def read_dense_rows(
+    checkpoint: Checkpoint, plan: Mapping[str, StoredModule], name: str, rows: torch.Tensor | Sequence[int]
+) -> torch.Tensor:
+    """Rows of the tensor ``name`` ``[n, ...]`` in the order asked, without reading the others; see :func:`read_dense`.
+
+    Raises :class:`CheckpointError` for a row that does not exist.
+    """
+    module = name.removesuffix(".weight")
+    if module == name or module not in plan:
+        return checkpoint.read_rows(name, rows)
+    entry = plan[module]
+    if isinstance(entry, StoredGrid):
+        return read_quantized(checkpoint, module, entry).dequantize()[torch.as_tensor(rows, dtype=torch.long)]
+    return BlockTensor(entry.spec, checkpoint.read_rows(name, rows)).dequantize()
 
 
 def dense_names(checkpoint: Checkpoint, plan: Mapping[str, StoredModule]) -> Iterator[str]:
@@ -117,7 +145,7 @@ def dense_names(checkpoint: Checkpoint, plan: Mapping[str, StoredModule]) -> Ite
 
 def local_tensors(checkpoint: Checkpoint, module: str, entry: StoredModule) -> dict[str, str]:
     """Local name to full name of the stored tensors that make up the weight of a quantized ``module``."""
-    names = {local: f"{module}.{local}" for local in sorted(entry.codec.local_names(entry.spec) | _OPTIONAL)}
+    names = {local: f"{module}.{local}" for local in sorted(entry.local_names() | _OPTIONAL)}
     return {local: name for local, name in names.items() if name in checkpoint.tensors}
 
 
@@ -131,7 +159,7 @@ def _method(config: Mapping[str, Any]) -> str:
     return "awq" if "w_bit" in config or "zero_point" in config else "gptq" if "desc_act" in config else "unknown"
 
 
-def _exact(checkpoint: Checkpoint, module: str, entry: StoredModule) -> StoredModule:
+def _exact(checkpoint: Checkpoint, module: str, entry: StoredGrid) -> StoredGrid:
     """The entry with the width that ``weight_shape`` gives, where the number of packed words leaves it open."""
     name = f"{module}.weight_shape"
     if not isinstance(entry.codec, CompressedTensorsCodec) or entry.spec.group_size > 0:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from lowbit.calibration import EvaluationText, Tokenizer, load_text, load_tokenizer
-from lowbit.checkpoint import locate, open_checkpoint, read_manifest
+from lowbit.checkpoint import locate, read_manifest
+from lowbit.codecs import open_model
 from lowbit.errors import UsageError
 from lowbit.evaluation.footprint import measure
 from lowbit.evaluation.metrics import Windows, cut_windows
@@ -74,7 +75,7 @@ def evaluate_all(
     progress = progress or Silent()
 
     def opened(source: str | Path, cleanup: ExitStack) -> StreamedModel:
-        checkpoint = open_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        checkpoint = open_model(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         cleanup.callback(checkpoint.close)
         return StreamedModel(checkpoint, device=target, trust_remote_code=trust_remote_code)
 

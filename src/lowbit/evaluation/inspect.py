@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint import Checkpoint, Manifest, ModelDescription, locate, open_checkpoint, read_json_object
+from lowbit.checkpoint import Checkpoint, Manifest, ModelDescription, locate, read_json_object
 from lowbit.checkpoint import read_manifest as load_manifest
-from lowbit.codecs import StoredModule
+from lowbit.codecs import StoredModule, open_model
+from lowbit.codecs.gguf.checkpoint import GgufCheckpoint
 from lowbit.codecs.reading import module_plan, stored_format
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.evaluation.findings import Finding, scale_names, value_findings
@@ -23,7 +24,7 @@ UNKNOWN = "unknown"
 class Inspection:
     """What :func:`inspect_checkpoint` found.
 
-    ``format``       how weights are stored: ``gptq``, ``awq``, ``compressed-tensors``, ``dense`` … or ``unknown``
+    ``format``       how weights are stored: ``gptq``, ``awq``, ``gguf``, ``dense`` … or ``unknown``
     ``kinds``        sizes by kind of module (embedding, attention, mlp, experts, router, norm, head, other)
     ``specs``        number format to how many modules have it
     ``files``        weight file to its bytes
@@ -60,13 +61,13 @@ class Inspection:
 def inspect_checkpoint(
     source: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False
 ) -> Inspection:
-    """Describe a checkpoint (directory, hub id or ``demo``) without reading weights other than scales.
+    """Describe a checkpoint (directory, hub id, ``demo`` or GGUF file) without reading weights other than scales.
 
     Damage such as a missing shard becomes a problem in the result. Raises :class:`CheckpointError` only where there is
     no directory or no readable ``config.json``.
     """
     path = locate(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    config = read_json_object(path / "config.json")
+    config = {} if path.is_file() else read_json_object(path / "config.json")
     problems: list[Finding] = []
     manifest = _manifest(path, problems)
     known: dict[str, Any] = {
@@ -75,12 +76,12 @@ def inspect_checkpoint(
         "certificate": None if manifest is None else manifest.quality,
     }
     try:
-        checkpoint = open_checkpoint(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        checkpoint = open_model(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
         problems.append(Finding("error", path.name, str(error)))
         architectures = config.get("architectures") or [""]
         return Inspection(
-            format=_named_format(config),
+            format="gguf" if path.is_file() else _named_format(config),
             architecture=str(architectures[0]),
             model_type=str(config.get("model_type", "")),
             problems=tuple(problems),
@@ -88,6 +89,8 @@ def inspect_checkpoint(
         )
     with checkpoint:
         plan, stored = _plan(checkpoint, problems)
+        if isinstance(checkpoint, GgufCheckpoint):
+            stored = "gguf"
         size = measure(checkpoint.tensors, plan)
         description = _description(checkpoint, problems)
         problems += _problems(checkpoint, plan, manifest)
@@ -133,7 +136,7 @@ def _problems(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], manifest
     if manifest is None:
         return found
     for name, record in manifest.files.items():
-        file = checkpoint.path / name
+        file = checkpoint.files[0].parent / name if checkpoint.path.is_file() else checkpoint.path / name
         if not file.is_file():
             found.append(Finding("error", name, "listed in lowbit.json and missing"))
         elif file.stat().st_size != record.bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowbit.calibration import encode_text, load_tokenizer
-from lowbit.checkpoint import open_checkpoint
+from lowbit.codecs import open_model
 from lowbit.pipeline.streamed import StreamedModel
 
 
@@ -18,7 +18,7 @@ def continuations(source: str | Path, prompts: Sequence[str], *, tokens: int = 6
 
     All blocks are in memory at once, as float32: for models that fit.
     """
-    with open_checkpoint(source) as checkpoint, torch.no_grad():
+    with open_model(source) as checkpoint, torch.no_grad():
         tokenizer = load_tokenizer(checkpoint.path)
         streamed = StreamedModel(checkpoint)
         blocks = [streamed.load_block(index) for index in range(len(streamed.block_names))]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lowbit.calibration import load_tokenizer
-from lowbit.checkpoint import MANIFEST_NAME, Checkpoint, Manifest, hash_file, locate, open_checkpoint, read_manifest
-from lowbit.codecs import StoredModule
+from lowbit.checkpoint import MANIFEST_NAME, Checkpoint, Manifest, hash_file, locate, read_manifest
+from lowbit.codecs import StoredModule, open_model
 from lowbit.codecs.reading import local_tensors, module_plan, read_weight
 from lowbit.errors import CheckpointError, LowbitError, NumericsError, UnsupportedError
 from lowbit.evaluation.findings import Finding, scale_names, value_findings
@@ -51,7 +51,7 @@ def verify_checkpoint(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
-    """Check a checkpoint (directory, hub id or ``demo``), reading every byte once or twice.
+    """Check a checkpoint (directory, hub id, ``demo`` or GGUF file), reading every byte once or twice.
 
     Every file listed in ``lowbit.json`` against its sha256, so a single changed bit is found; headers and indexes; all
     tensors the model needs, with their shapes, against ``config.json``; codes, zero points and group indexes in range;
@@ -73,7 +73,7 @@ def verify_checkpoint(
         findings += _file_findings(path, manifest, progress)
     tensors = modules = 0
     try:
-        checkpoint = open_checkpoint(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        checkpoint = open_model(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
         findings.append(Finding("error", path.name, str(error)))
     else:
@@ -103,8 +103,9 @@ def _plan(checkpoint: Checkpoint, findings: list[Finding]) -> Mapping[str, Store
 
 def _file_findings(path: Path, manifest: Manifest, progress: Progress) -> Iterator[Finding]:
     """Every listed file against its length and sha256; files that ought to be listed and are not."""
+    directory = path if path.is_dir() else path.parent
     for name, record in manifest.files.items():
-        file = path / name
+        file = directory / name
         if not file.is_file():
             yield Finding("error", name, f"listed in {MANIFEST_NAME} and missing: restore it or quantize again")
         elif (size := file.stat().st_size) != record.bytes:
@@ -114,7 +115,7 @@ def _file_findings(path: Path, manifest: Manifest, progress: Progress) -> Iterat
                 "error", name, f"sha256 {digest[:16]}…, {MANIFEST_NAME} says {record.sha256[:16]}…: its content changed"
             )
         progress.advance(name)
-    for file in sorted(path.iterdir()):
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
         if file.name in manifest.files or file.name == MANIFEST_NAME or not file.is_file():
             continue
         if file.name.endswith(_UNLISTED_MATTERS):
@@ -140,8 +141,9 @@ def _module_findings(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], p
     for module, entry in plan.items():
         try:
             weight = read_weight(checkpoint, plan, module)
-            if isinstance(weight, QuantizedTensor):
+            if not isinstance(weight, torch.Tensor):
                 weight.validate(module)
+            if isinstance(weight, QuantizedTensor):
                 yield from _code_findings(module, weight)
         except (CheckpointError, NumericsError, UnsupportedError) as error:
             yield Finding("error", module, str(error))

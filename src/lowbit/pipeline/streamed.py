@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint import Checkpoint
-from lowbit.codecs import StoredModule, module_plan, read_dense
+from lowbit.codecs import StoredModule, module_plan, read_dense, read_dense_rows
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.pipeline.architectures import Family, family_of
 from lowbit.pipeline.experts import unfuse_experts
@@ -62,7 +62,7 @@ class _Embedding(nn.Module):
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         owner = self._owner[0]
         rows, inverse = torch.unique(ids, return_inverse=True)
-        table = owner.checkpoint.read_rows(self._name, rows.cpu())
+        table = read_dense_rows(owner.checkpoint, owner.plan, self._name, rows.cpu())
         self._original._parameters["weight"] = nn.Parameter(table.to(owner.device, owner.dtype), requires_grad=False)
         return self._original(inverse, *args, **kwargs)  # type: ignore[no-any-return]
 

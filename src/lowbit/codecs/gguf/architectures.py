@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from lowbit.checkpoint import Checkpoint, read_json_object
@@ -17,7 +15,7 @@ from lowbit.codecs.codec import StoredModule
 from lowbit.codecs.gguf.families import FAMILIES, Family, Link
 from lowbit.codecs.gguf.hyperparameters import full_config, heads_of, metadata_of, objections
 from lowbit.codecs.gguf.metadata import MetadataValue
-from lowbit.codecs.gguf.orders import ORDERS, Heads
+from lowbit.codecs.gguf.orders import Heads, RowOrder, row_order
 from lowbit.codecs.reading import dense_names, module_plan, read_dense
 from lowbit.errors import CheckpointError, UnsupportedError
 
@@ -47,7 +45,7 @@ class ExportTensor:
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
-    row_order: npt.NDArray[np.int64] | None = None
+    row_order: RowOrder | None = None
     offset: float = 0.0
     constant: torch.Tensor | None = None
     keep_float: bool = False
@@ -144,7 +142,7 @@ class _Builder:
         self._heads: Heads = heads_of(config)
         self._experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
         self._base = self._find_base()
-        self._orders: dict[str, npt.NDArray[np.int64]] = {}
+        self._orders: dict[tuple[str, int], RowOrder] = {}
 
     def _find_base(self) -> str:
         names = {base: f"{self._family.embedding.hf.format(base=base)}.weight" for base in self._family.bases}
@@ -187,12 +185,9 @@ class _Builder:
         shape = tuple(self._shapes[sources[0]])
         if odd := next((source for source in sources if tuple(self._shapes[source]) != shape), None):
             raise CheckpointError(f"{self._where}: tensor {odd} has not the shape {list(shape)} of {sources[0]}")
-        order = self._order(link.order) if link.order else None
-        if order is not None:
-            if link.order != "after_padding" and len(order) != shape[0]:
-                raise CheckpointError(
-                    f"{self._where}: tensor {sources[0]} has {shape[0]} rows, config.json says {len(order)}"
-                )
+        order = None
+        if link.order:
+            order = self._order(link.order, shape[0], sources[0])
             shape = (len(order), *shape[1:])
         if link.vector:
             shape = shape[-1:]
@@ -207,10 +202,14 @@ class _Builder:
             keep_float=link.keep_float or len(shape) == 1,
         )
 
-    def _order(self, kind: str) -> npt.NDArray[np.int64]:
-        if kind not in self._orders:
-            self._orders[kind] = ORDERS[kind](self._heads)
-        return self._orders[kind]
+    def _order(self, kind: str, rows: int, name: str) -> RowOrder:
+        key = (kind, rows)
+        if key not in self._orders:
+            try:
+                self._orders[key] = row_order(kind, self._heads, rows, name)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self._where}: {error}: config.json and weights disagree") from error
+        return self._orders[key]
 
     def _output(self, embedding: str) -> Iterator[ExportTensor]:
         """The output head: its own, a copy of the embedding, or none where llama.cpp takes the embedding."""

@@ -282,7 +282,7 @@ def read_blocks(tensor: GgufTensor, first: int = 0, last: int | None = None) -> 
     if not 0 <= first <= last <= tensor.rows:
         raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} has {tensor.rows} rows, not {first} to {last}")
     data = np.empty((last - first, width), np.uint8)
-    view = memoryview(data).cast("B") if data.size else memoryview(b"")
+    view = data.reshape(-1).data
     try:
         with tensor.file.open("rb", buffering=0) as file:
             file.seek(tensor.start + first * width)

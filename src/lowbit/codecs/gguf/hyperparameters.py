@@ -10,7 +10,7 @@ import torch
 from lowbit.codecs.gguf.families import FAMILIES, Family
 from lowbit.codecs.gguf.metadata import MetadataValue, Value
 from lowbit.codecs.gguf.orders import Heads
-from lowbit.codecs.gguf.rope import Rope, rope_from_metadata, rope_to_metadata
+from lowbit.codecs.gguf.rope import Rope, rope_from_metadata, rope_to_metadata, shortest
 from lowbit.errors import CheckpointError, UnsupportedError
 
 __all__ = ["config_from_metadata", "full_config", "head_size", "heads_of", "metadata_of", "objections"]
@@ -170,7 +170,7 @@ def config_from_metadata(
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31:
             raise CheckpointError(f"{where}: metadata {prefix}{field.gguf} must be a number, not {value!r:.80}")
-        config[field.hf[0]] = field.kind(value)
+        config[field.hf[0]] = field.kind(value) if field.kind is int else shortest(value)
     for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
         if config[name] < 1:
             raise CheckpointError(f"{where}: {name} must be positive")
@@ -184,10 +184,15 @@ def config_from_metadata(
         config["max_position_embeddings"] += _first_position(config)
         return config
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    if family.square and head_size(config) * config["num_attention_heads"] != config["hidden_size"]:
+        raise UnsupportedError(f"{where}: heads of {head_size(config)} features, which {family.model_type} cannot have")
     _rope_config(family, config, own, rope_tensors)
     if family.model_type == "gpt_neox":
         config["use_parallel_residual"] = own.get("use_parallel_residual", True) is True
+        config["rotary_pct"] = config["partial_rotary_factor"]
         del config["num_key_value_heads"]
+    if family.square:
+        config.pop("head_dim", None)
     if family.sliding:
         _layer_types(config, own, where)
     if family.model_type == "phi3" and not config.get("sliding_window"):

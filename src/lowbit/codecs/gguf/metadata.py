@@ -19,7 +19,7 @@ from lowbit.errors import CheckpointError, UnsupportedError
 __all__ = ["MAX_HEADER_BYTES", "Cursor", "MetadataValue", "Scalar", "Typed", "Value", "encode_string", "encode_value"]
 
 Scalar: TypeAlias = bool | int | float | str
-Value: TypeAlias = "Scalar | Sequence[bool] | Sequence[int] | Sequence[float] | Sequence[str]"
+Value: TypeAlias = "Scalar | Sequence[Scalar]"
 """What reading gives: a scalar or a list of one kind."""
 
 MAX_HEADER_BYTES = 256 << 20

@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowbit.codecs.gguf.metadata import MetadataValue, Value
 from lowbit.errors import CheckpointError, UnsupportedError
 
-__all__ = ["Rope", "rope_from_metadata", "rope_to_metadata"]
+__all__ = ["Rope", "rope_from_metadata", "rope_to_metadata", "shortest"]
 
 DEFAULT_BASE = 10000.0
 _LLAMA3_CONTEXT = 8192
 _TOLERANCE = 1e-4
+_YARN_TURNS: Mapping[str, float] = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""Turns within the trained context between which yarn blends; llama.cpp reads no others in these architectures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ def rope_to_metadata(config: Mapping[str, Any], rotated: int) -> Rope:
         found.metadata["rope.freq_base_swa"] = float(local.get("rope_theta", DEFAULT_BASE))
     kind = parameters.get("rope_type", "default")
     if kind == "linear":
-        found.metadata |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(parameters["factor"])}
+        found.metadata.update({"rope.scaling.type": "linear", "rope.scaling.factor": float(parameters["factor"])})
     elif kind == "yarn":
         found.metadata.update(_yarn(config, parameters))
     elif kind == "llama3":
@@ -65,6 +68,9 @@ def rope_to_metadata(config: Mapping[str, Any], rotated: int) -> Rope:
 def _yarn(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, MetadataValue]:
     if parameters.get("truncate") is False:
         raise UnsupportedError("llama.cpp rounds the range that yarn blends over, this model does not (truncate)")
+    blended = tuple(float(parameters.get(key) or usual) for key, usual in _YARN_TURNS.items())
+    if blended != tuple(_YARN_TURNS.values()):
+        raise UnsupportedError(f"llama.cpp blends yarn between 32 turns and 1, this model between {blended}")
     original = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
     factor = float(parameters.get("factor") or config["max_position_embeddings"] / original)
     usual = _magnitude(factor)
@@ -76,8 +82,6 @@ def _yarn(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str,
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": int(original),
-        "rope.scaling.yarn_beta_fast": float(parameters.get("beta_fast") or 32),
-        "rope.scaling.yarn_beta_slow": float(parameters.get("beta_slow") or 1),
     }
     if wanted != usual:
         found["rope.scaling.attn_factor"] = float(wanted / usual)
@@ -111,11 +115,9 @@ def _longrope(config: Mapping[str, Any], parameters: Mapping[str, Any], found: R
     scale = parameters.get("attention_factor")
     if scale is None:
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    found.metadata |= {
-        "rope.scaling.type": "longrope",
-        "rope.scaling.original_context_length": int(original),
-        "rope.scaling.attn_factor": float(scale),
-    }
+    found.metadata["rope.scaling.type"] = "longrope"
+    found.metadata["rope.scaling.original_context_length"] = int(original)
+    found.metadata["rope.scaling.attn_factor"] = float(scale)
     for kind in ("long", "short"):
         factors = torch.tensor(parameters[f"{kind}_factor"], dtype=torch.float32)
         if len(factors) * 2 != found.metadata["rope.dimension_count"]:
@@ -139,17 +141,15 @@ def rope_from_metadata(
     kind = metadata.get("rope.scaling.type", "linear")
     if "rope_factors_long.weight" in tensors and "rope_factors_short.weight" in tensors:
         full |= {"rope_type": "longrope", "original_max_position_embeddings": original, "attention_factor": scale}
-        full |= {f"{name}_factor": tensors[f"rope_factors_{name}.weight"].tolist() for name in ("long", "short")}
+        for name in ("long", "short"):
+            full[f"{name}_factor"] = [shortest(v) for v in tensors[f"rope_factors_{name}.weight"].tolist()]
         full["factor"] = context / original
     elif "rope_freqs.weight" in tensors:
         full |= _llama3_parameters(tensors["rope_freqs.weight"].double(), base, rotated)
     elif kind == "yarn":
         full |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-        for name in ("beta_fast", "beta_slow"):
-            if f"rope.scaling.yarn_{name}" in metadata:
-                full[name] = _number(metadata, f"rope.scaling.yarn_{name}", 0.0)
         if scale != 1.0:
-            full["attention_factor"] = scale * _magnitude(factor)
+            full["attention_factor"] = shortest(scale * _magnitude(factor))
     elif kind == "linear" and factor not in (0.0, 1.0):
         full |= {"rope_type": "linear", "factor": factor}
     elif kind not in ("linear", "none"):
@@ -162,7 +162,12 @@ def _number(metadata: Mapping[str, Value], key: str, default: float) -> float:
     value = metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise CheckpointError(f"metadata {key} must be a number, not {value!r:.80}")
-    return float(value)
+    return shortest(value)
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal that is stored as the same float32: what was written before it was rounded."""
+    return float(str(np.float32(value)))
 
 
 def _llama3_parameters(factors: torch.Tensor, base: float, rotated: int) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def _write_file(
 
 def _bytes_of(piece: Piece) -> memoryview:
     if isinstance(piece, np.ndarray):
-        return memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+        return np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
     return memoryview(piece).cast("B")
 
 
