@@ -59,7 +59,7 @@ def decode(blocks: Bytes, kind: GgmlType) -> Floats:
     rows, width = blocks.shape
     if width % kind.block_bytes:
         raise CheckpointError(
-            f"rows of {width} bytes are no whole number of {kind} blocks ({kind.block_bytes} bytes): the file is damaged"
+            f"rows of {width} bytes are no whole number of {kind} blocks of {kind.block_bytes}: the file is damaged"
         )
     columns = kind.columns(width)
     flat = np.ascontiguousarray(blocks).reshape(-1, kind.block_bytes)

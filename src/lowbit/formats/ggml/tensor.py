@@ -12,7 +12,7 @@ from lowbit.errors import NumericsError
 from lowbit.formats.ggml.decode import decode
 from lowbit.formats.ggml.types import GgmlType
 
-__all__ = ["BlockTensor"]
+__all__ = ["BlockTensor", "finite_scales"]
 
 _FLOAT_SCALES: dict[str, tuple[int, ...]] = {
     "Q4_0": (0,),
@@ -37,6 +37,16 @@ _FLOAT_SCALES: dict[str, tuple[int, ...]] = {
     "TQ2_0": (64,),
 }
 """Where in a block its float16 scales (and minima) stand, in bytes. The other types are checked by their values."""
+
+
+def finite_scales(blocks: npt.NDArray[np.uint8], kind: GgmlType) -> bool:
+    """Whether all scales and minima in ``blocks`` uint8 ``[rows, row_bytes]`` are finite."""
+    offsets = _FLOAT_SCALES.get(kind.name)
+    if offsets is None:
+        return bool(np.isfinite(decode(blocks, kind)).all())
+    split = blocks.reshape(-1, kind.block_bytes)
+    scales = (np.ascontiguousarray(split[:, at : at + 2]).view(np.float16) for at in offsets)
+    return all(bool(np.isfinite(scale).all()) for scale in scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +76,12 @@ class BlockTensor:
         return values.to(device=self.blocks.device, dtype=dtype)
 
     def validate(self, name: str) -> None:
-        """Raise :class:`NumericsError` naming ``name`` for rows that are no whole blocks or scales that are not finite."""
+        """Raise :class:`NumericsError` naming ``name`` for rows of broken blocks or scales that are not finite."""
         shape = tuple(self.blocks.shape)
         if self.blocks.dtype != torch.uint8 or len(shape) != 2:
             raise NumericsError(f"{name}: {self.type} blocks are bytes [rows, bytes], not {self.blocks.dtype} {shape}")
         if shape[1] % self.type.block_bytes:
             expected = f"{self.type} blocks of {self.type.block_bytes}"
             raise NumericsError(f"{name}: rows of {shape[1]} bytes are no whole {expected}")
-        if not self._finite(self.blocks.cpu().numpy()):
+        if not finite_scales(self.blocks.cpu().numpy(), self.type):
             raise NumericsError(f"{name}: a scale of its {self.type} blocks is not finite: quantize the tensor again")
-
-    def _finite(self, blocks: npt.NDArray[np.uint8]) -> bool:
-        offsets = _FLOAT_SCALES.get(self.type.name)
-        if offsets is None:
-            return bool(np.isfinite(decode(blocks, self.type)).all())
-        split = blocks.reshape(-1, self.type.block_bytes)
-        scales = (np.ascontiguousarray(split[:, at : at + 2]).view(np.float16) for at in offsets)
-        return all(bool(np.isfinite(scale).all()) for scale in scales)

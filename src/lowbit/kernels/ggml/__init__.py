@@ -1,0 +1,92 @@
+"""Encoding weights in the blocks of ggml: lowbit's own searches, compiled with numba.
+
+The encoders are imported by the first call: numba is slow to load.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from lowbit.errors import NumericsError, UsageError
+from lowbit.formats.ggml import BlockTensor, GgmlType, finite_scales
+from lowbit.kernels.threads import over_rows
+
+__all__ = ["prepare_importance", "quantize_rows"]
+
+_PART = 1 << 17
+"""Weights that an encoder gets at a time: few enough to stay in the cache between its passes."""
+
+_FLOOR = np.float32(1e-9)
+"""The least importance, in units of the mean: columns without importance are still encoded sensibly."""
+
+
+def quantize_rows(
+    weight: npt.NDArray[np.float32], kind: GgmlType, importance: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.uint8]:
+    """uint8 ``[rows, kind.row_bytes(columns)]``: ``weight`` float32 ``[rows, columns]`` in the blocks of ``kind``.
+
+    Minimises the squared error of each row, that of column ``j`` times ``importance[j]`` (float32 ``[columns]``, not
+    negative; 1 without it), with the scales as they are stored. Rows are independent of each other and spread over
+    torch's threads; the result does not depend on their number.
+
+    Raises :class:`UsageError` for a shape that ``kind`` cannot hold or importance of another length, and
+    :class:`NumericsError` naming the row for weights that are not finite or too large for the scales of ``kind``, and
+    for importance that is negative or not finite.
+    """
+    from lowbit.kernels.ggml.encoders import ENCODERS
+
+    rows, columns = weight.shape
+    if not kind.fits(columns):
+        raise UsageError(
+            f"{kind} wants rows of a multiple of {kind.block_size} weights, not {columns}: use another type"
+        )
+    encoder = ENCODERS[kind.name]
+    prepared = None if importance is None else prepare_importance(importance, columns)
+    blocks = np.empty((rows, kind.row_bytes(columns)), dtype=np.uint8)
+    step = max(1, _PART // max(1, columns))
+
+    def encode(begin: int, end: int) -> None:
+        for start in range(begin, end, step):
+            stop = min(start + step, end)
+            part = np.ascontiguousarray(weight[start:stop], dtype=np.float32)
+            _require_finite(part, start)
+            with np.errstate(over="ignore", under="ignore"):
+                blocks[start:stop] = encoder(part, prepared)
+            if not finite_scales(blocks[start:stop], kind):
+                _refuse(blocks[start:stop], kind, start)
+
+    if blocks.size:
+        over_rows(rows, 1, encode)
+    return blocks
+
+
+def prepare_importance(importance: npt.NDArray[np.float32], columns: int) -> npt.NDArray[np.float32]:
+    """float32 ``[columns]``: ``importance`` with mean 1 and no zeros; all 1 where it is zero everywhere."""
+    values = np.asarray(importance, dtype=np.float64)
+    if values.shape != (columns,):
+        raise UsageError(f"importance of shape {values.shape} does not belong to rows of {columns} weights")
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise NumericsError("importance must be finite and not negative: compute the importance matrix again")
+    mean = values.mean() if columns else 0.0
+    scaled = (values / mean).astype(np.float32) if mean > 0 else np.ones(columns, dtype=np.float32)
+    return np.maximum(scaled, _FLOOR)
+
+
+def _require_finite(part: npt.NDArray[np.float32], first: int) -> None:
+    """Raise :class:`NumericsError` naming the row of the first value that is not finite."""
+    # the largest magnitude in integers: unlike comparisons of floats it meets every NaN, without temporary masks
+    bits = part.view(np.uint32)
+    if (int(bits.max()) & 0x7FFFFFFF) < 0x7F800000 and int(part.view(np.int32).max()) < 0x7F800000:
+        return
+    bad = ~np.isfinite(part).all(axis=1)
+    if bad.any():
+        raise NumericsError(f"row {first + int(bad.argmax())} holds weights that are not finite: check the checkpoint")
+
+
+def _refuse(blocks: npt.NDArray[np.uint8], kind: GgmlType, first: int) -> None:
+    for row, block in enumerate(blocks):
+        if not finite_scales(block[None], kind):
+            raise NumericsError(
+                f"row {first + row} holds weights too large for the float16 scales of {kind}: keep the tensor in BF16 or F32"
+            )

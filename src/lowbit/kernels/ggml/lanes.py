@@ -1,0 +1,267 @@
+"""The arithmetic that all searches share: 64 groups of weights side by side, one per lane.
+
+A tile holds the weights of 64 groups (blocks or sub-blocks) transposed, so that every loop runs over the lanes: it
+vectorises without reordering a sum, and the result is the same on every processor. What is known of each lane stands
+in one array ``state``, a row of 64 values per quantity (the constants below); weights are divided by a power of two
+per block, ``UNIT``, so that neither huge nor tiny ones leave the range of float32.
+
+A lane stands for ``value = S * code - M`` with codes from ``low`` to ``high``, or ``value = S * table[code]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+LANES = 64
+
+S, INVERSE, M = 0 * LANES, 1 * LANES, 2 * LANES
+"""The step, its inverse (0 for a step of 0) and what is subtracted."""
+ERROR, WEQ, WE, WQQ, WQ, W = 3 * LANES, 4 * LANES, 5 * LANES, 6 * LANES, 7 * LANES, 8 * LANES
+"""Sums over the group, weighted: squared errors, errors times codes, errors, squared codes, codes, one."""
+LEAST, MOST, EXTREME = 9 * LANES, 10 * LANES, 11 * LANES
+"""The least and the greatest weight of the group and the one of greatest magnitude."""
+BEST, BEST_S, BEST_M = 12 * LANES, 13 * LANES, 14 * LANES
+"""The least error found so far, and where."""
+UNIT, PER_UNIT = 15 * LANES, 16 * LANES
+"""The power of two that the weights were divided by, and its inverse."""
+CODE_S, CODE_M, STEP_S, STEP_M = 17 * LANES, 18 * LANES, 19 * LANES, 20 * LANES
+"""Within super-blocks S = STEP_S * CODE_S and M = STEP_M * CODE_M, with integer codes."""
+OTHER_S, OTHER_M = 21 * LANES, 22 * LANES
+"""Room for the best codes of a search."""
+KEPT, KEPT_S, KEPT_M, KEPT_STEP_S, KEPT_STEP_M = 23 * LANES, 24 * LANES, 25 * LANES, 26 * LANES, 27 * LANES
+"""The best super-block so far: its error in total, its codes and steps."""
+ROWS = 28
+
+_HALF_LIMIT = np.float32(70000.0)
+_SPLIT = np.float32(8193.0)
+_SUBNORMAL = np.float32(2.0**-14)
+_ROUNDER = np.float32(0.75)
+_ZERO = np.float32(0.0)
+_ONE = np.float32(1.0)
+_TINY = np.float32(1e-30)
+_TABLE_MIDDLE = np.float32(256.0)
+
+compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
+"""How every loop is compiled: no fast-math, hence the same bits everywhere; the interpreter's lock released."""
+
+
+@compiled  # type: ignore[untyped-decorator]
+def load(weight: Any, importance: Any, first: int, size: int, x: Any, w: Any, state: Any) -> None:
+    """Fill a tile with the groups of ``size`` weights of ``weight`` ``[blocks, block_size]`` from block ``first`` on.
+
+    ``importance`` is ``[blocks of a row, block_size]``. Lanes past the last block hold zeros.
+    """
+    block_size = weight.shape[1]
+    groups = block_size // size
+    for lane in range(0, LANES, groups):
+        block = first + lane // groups
+        if block >= weight.shape[0]:
+            for group in range(groups):
+                for j in range(size):
+                    x[j * LANES + lane + group] = _ZERO
+                    w[j * LANES + lane + group] = _ONE
+                state[UNIT + lane + group] = _ONE
+                state[PER_UNIT + lane + group] = _ONE
+            continue
+        row = weight[block]
+        share = importance[block % importance.shape[0]]
+        greatest = _ZERO
+        for j in range(block_size):
+            greatest = max(greatest, abs(row[j]))
+        exponent = 0
+        if greatest > _ZERO:
+            exponent = int(min(max(np.floor(np.log2(greatest)), np.float32(-100.0)), np.float32(120.0)))
+        unit = np.float32(2.0**exponent)
+        per_unit = np.float32(2.0**-exponent)
+        for group in range(groups):
+            state[UNIT + lane + group] = unit
+            state[PER_UNIT + lane + group] = per_unit
+            for j in range(size):
+                x[j * LANES + lane + group] = row[group * size + j] * per_unit
+                w[j * LANES + lane + group] = share[group * size + j]
+    for lane in range(LANES):
+        state[LEAST + lane] = x[lane]
+        state[MOST + lane] = x[lane]
+        state[W + lane] = _ZERO
+    for j in range(size):
+        for lane in range(LANES):
+            value = x[j * LANES + lane]
+            state[LEAST + lane] = min(state[LEAST + lane], value)
+            state[MOST + lane] = max(state[MOST + lane], value)
+            state[W + lane] += w[j * LANES + lane]
+    for lane in range(LANES):
+        least, most = state[LEAST + lane], state[MOST + lane]
+        state[EXTREME + lane] = least if -least > most else most
+        state[M + lane] = _ZERO
+
+
+@compiled  # type: ignore[untyped-decorator]
+def invert(state: Any) -> None:
+    """Set ``INVERSE`` from ``S``; a step too small to have an inverse becomes 0."""
+    for lane in range(LANES):
+        step = state[S + lane]
+        big = abs(step) > _TINY
+        state[S + lane] = step if big else _ZERO
+        state[INVERSE + lane] = _ONE / step if big else _ZERO
+
+
+@compiled  # type: ignore[untyped-decorator]
+def round_to_half(state: Any, at: int) -> None:
+    """Round row ``at`` of the state to what float16 holds once multiplied by ``UNIT``; too much becomes 70000."""
+    for lane in range(LANES):
+        value = state[at + lane] * state[UNIT + lane]
+        value = min(max(value, -_HALF_LIMIT), _HALF_LIMIT)
+        split = value * _SPLIT
+        normal = split - (split - value)
+        small = (value + _ROUNDER) - _ROUNDER
+        state[at + lane] = (small if abs(value) < _SUBNORMAL else normal) * state[PER_UNIT + lane]
+
+
+@compiled  # type: ignore[untyped-decorator]
+def error(x: Any, w: Any, state: Any, size: int, low: Any, high: Any) -> None:
+    """``ERROR`` of each lane on a grid of integers from ``low`` to ``high``."""
+    invert(state)
+    for lane in range(LANES):
+        state[ERROR + lane] = _ZERO
+    for j in range(size):
+        for lane in range(LANES):
+            value = x[j * LANES + lane] + state[M + lane]
+            code = min(max(np.rint(value * state[INVERSE + lane]), low), high)
+            miss = value - state[S + lane] * code
+            state[ERROR + lane] += w[j * LANES + lane] * miss * miss
+
+
+@compiled  # type: ignore[untyped-decorator]
+def table_error(x: Any, w: Any, state: Any, size: int, table: Any) -> None:
+    """``ERROR`` of each lane on the levels of ``table``, see :func:`measure`."""
+    invert(state)
+    for lane in range(LANES):
+        state[ERROR + lane] = _ZERO
+    last = np.float32(table.shape[0] - 1)
+    for j in range(size):
+        for lane in range(LANES):
+            value = x[j * LANES + lane]
+            place = value * state[INVERSE + lane]
+            code = table[np.uint64(np.int32(min(max(place + place + _TABLE_MIDDLE, _ZERO), last)))]
+            miss = value - state[S + lane] * code
+            state[ERROR + lane] += w[j * LANES + lane] * miss * miss
+
+
+@compiled  # type: ignore[untyped-decorator]
+def measure(x: Any, w: Any, state: Any, size: int, low: Any, high: Any) -> None:
+    """``ERROR``, ``WEQ``, ``WE``, ``WQQ``, ``WQ`` of each lane on a grid of integers from ``low`` to ``high``."""
+    invert(state)
+    for lane in range(LANES):
+        state[ERROR + lane] = _ZERO
+        state[WEQ + lane] = _ZERO
+        state[WE + lane] = _ZERO
+        state[WQQ + lane] = _ZERO
+        state[WQ + lane] = _ZERO
+    for j in range(size):
+        for lane in range(LANES):
+            weight = w[j * LANES + lane]
+            value = x[j * LANES + lane] + state[M + lane]
+            code = min(max(np.rint(value * state[INVERSE + lane]), low), high)
+            miss = value - state[S + lane] * code
+            weighted = weight * code
+            state[ERROR + lane] += weight * miss * miss
+            state[WEQ + lane] += weighted * miss
+            state[WE + lane] += weight * miss
+            state[WQQ + lane] += weighted * code
+            state[WQ + lane] += weighted
+
+
+@compiled  # type: ignore[untyped-decorator]
+def table_measure(x: Any, w: Any, state: Any, size: int, table: Any) -> None:
+    """``ERROR``, ``WEQ``, ``WQQ`` of each lane on the levels of ``table``.
+
+    ``table`` is float32 ``[512]``: entry ``floor(2 * v) + 256`` is the level nearest to ``v``, which is exact when the
+    midpoints between levels are multiples of a half.
+    """
+    invert(state)
+    for lane in range(LANES):
+        state[ERROR + lane] = _ZERO
+        state[WEQ + lane] = _ZERO
+        state[WQQ + lane] = _ZERO
+    last = np.float32(table.shape[0] - 1)
+    for j in range(size):
+        for lane in range(LANES):
+            value = x[j * LANES + lane]
+            place = value * state[INVERSE + lane]
+            code = table[np.uint64(np.int32(min(max(place + place + _TABLE_MIDDLE, _ZERO), last)))]
+            miss = value - state[S + lane] * code
+            weighted = w[j * LANES + lane] * code
+            state[ERROR + lane] += w[j * LANES + lane] * miss * miss
+            state[WEQ + lane] += weighted * miss
+            state[WQQ + lane] += weighted * code
+
+
+@compiled  # type: ignore[untyped-decorator]
+def keep_best(state: Any) -> None:
+    """Remember ``S`` and ``M`` of the lanes whose ``ERROR`` is less than ``BEST``."""
+    for lane in range(LANES):
+        better = state[ERROR + lane] < state[BEST + lane]
+        state[BEST + lane] = state[ERROR + lane] if better else state[BEST + lane]
+        state[BEST_S + lane] = state[S + lane] if better else state[BEST_S + lane]
+        state[BEST_M + lane] = state[M + lane] if better else state[BEST_M + lane]
+
+
+@compiled  # type: ignore[untyped-decorator]
+def fit_step(state: Any) -> None:
+    """Move ``S`` to the least error of the codes measured."""
+    for lane in range(LANES):
+        squares = state[WQQ + lane]
+        state[S + lane] += state[WEQ + lane] / squares if squares > _ZERO else _ZERO
+
+
+@compiled  # type: ignore[untyped-decorator]
+def fit_step_and_offset(state: Any, least_offset: Any) -> None:
+    """Move ``S`` and ``M`` to the least error of the codes measured, with ``M >= least_offset``."""
+    for lane in range(LANES):
+        weq, we, wqq = state[WEQ + lane], state[WE + lane], state[WQQ + lane]
+        wq, total = state[WQ + lane], state[W + lane]
+        determinant = wqq * total - wq * wq
+        regular = determinant > np.float32(1e-6) * wqq * total
+        change = (weq * total - we * wq) / determinant if regular else _ZERO
+        shift = (change * wq - we) / total
+        short = state[M + lane] + shift < least_offset
+        shift = least_offset - state[M + lane] if short else shift
+        alone = (weq + wq * shift) / wqq if wqq > _ZERO else _ZERO
+        state[S + lane] += alone if short else change
+        state[M + lane] += shift
+
+
+@compiled  # type: ignore[untyped-decorator]
+def store_codes(x: Any, state: Any, first: int, size: int, low: Any, high: Any, codes: Any) -> None:
+    """Write ``code - low`` of every weight of the tile to ``codes`` uint8 ``[blocks, block_size]``."""
+    invert(state)
+    groups = codes.shape[1] // size
+    for lane in range(LANES):
+        block = first + lane // groups
+        if block >= codes.shape[0]:
+            break
+        column = lane % groups * size
+        inverse, offset = state[INVERSE + lane], state[M + lane]
+        for j in range(size):
+            code = np.rint((x[j * LANES + lane] + offset) * inverse)
+            codes[block, column + j] = np.uint8(min(max(code, low), high) - low)
+
+
+@compiled  # type: ignore[untyped-decorator]
+def store_table_codes(x: Any, state: Any, first: int, size: int, names: Any, codes: Any) -> None:
+    """Write the code of every weight of the tile; ``names`` uint8 ``[512]`` belongs to the table of the levels."""
+    invert(state)
+    groups = codes.shape[1] // size
+    last = np.float32(names.shape[0] - 1)
+    for lane in range(LANES):
+        block = first + lane // groups
+        if block >= codes.shape[0]:
+            break
+        column = lane % groups * size
+        inverse = state[INVERSE + lane]
+        for j in range(size):
+            place = x[j * LANES + lane] * inverse
+            codes[block, column + j] = names[np.uint64(np.int32(min(max(place + place + _TABLE_MIDDLE, _ZERO), last)))]
