@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lowbit import __version__
-from lowbit.cli import convert, demo, evaluate, inspect, quantize, verify
+from lowbit.cli import chat, convert, demo, evaluate, generate, inspect, quantize, verify
 from lowbit.errors import LowbitError, UsageError
 
 VERBS = {
@@ -19,6 +19,8 @@ VERBS = {
     "inspect": inspect,
     "convert": convert,
     "verify": verify,
+    "generate": generate,
+    "chat": chat,
     "demo": demo,
 }
 """Verb to the module with its ``HELP``, ``EXAMPLES``, ``add_arguments`` and ``run``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 
 from lowbit.errors import UsageError
@@ -31,6 +32,46 @@ def positive(text: str) -> int:
     """A whole number above zero."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A finite number, not below zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of zero or more")
+    return value
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    """How text is drawn from a model, and where it runs."""
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=positive, default=max_tokens, help=f"longest answer (default: {max_tokens})"
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=number,
+        default=0.8,
+        help="0 takes the likeliest token each time (default: 0.8)",
+    )
+    parser.add_argument(
+        "--top-p", metavar="P", type=number, default=0.95, help="draw among the likeliest of this total (default: 0.95)"
+    )
+    parser.add_argument("--seed", metavar="N", type=seed, help="the same text for the same seed (default: a new one)")
+    parser.add_argument(
+        "--context", metavar="N", type=positive, help="tokens of prompt and answer (default: the model's, at most 4096)"
+    )
+    parser.add_argument("--threads", metavar="N", type=positive, help="processor threads (default: the physical cores)")
+
+
+def seed(text: str) -> int:
+    """A whole number from 0 to 2**32 - 2; llama.cpp takes the next one for "none"."""
+    if not text.isdecimal() or int(text) > 2**32 - 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 2}")
     return int(text)
 
 

@@ -144,7 +144,7 @@ def _texts(source: Source) -> tuple[list[str], list[str]]:
 def _only_composed(normalizer: Any, text: str) -> bool:
     """Whether ``text`` is for comparison: not one that the normalizer changes just by NFC."""
     normalized = normalizer.normalize_str(text)
-    return normalized == text or normalized != unicodedata.normalize("NFC", text)
+    return bool(normalized == text or normalized != unicodedata.normalize("NFC", text))
 
 
 def _some(tokens: Sequence[Added]) -> Iterator[str]:
