@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from lowbit.kernels.ggml import floats, legacy, super_blocks
+from lowbit.kernels.ggml import floats, iq, legacy, super_blocks
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -36,5 +36,12 @@ ENCODERS: dict[str, Callable[[Floats, Floats | None], Bytes]] = {
     "Q5_K": super_blocks.q5_k,
     "Q6_K": super_blocks.q6_k,
     "IQ4_XS": super_blocks.iq4_xs,
+    "IQ3_S": iq.iq3_s,
+    "IQ3_XXS": iq.iq3_xxs,
+    "IQ2_S": iq.iq2_s,
+    "IQ2_XS": iq.iq2_xs,
+    "IQ2_XXS": iq.iq2_xxs,
+    "IQ1_S": iq.iq1_s,
+    "IQ1_M": iq.iq1_m,
 }
 """By type name."""

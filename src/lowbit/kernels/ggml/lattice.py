@@ -248,7 +248,9 @@ def _code(
                     for t in range(attempt, attempt + 1 if shared else shifts):
                         value, p = _one(scale, u, t, must, exact, shape, codebook, tables, gain)
                         if value > best:
-                            best, chosen[u], shifted[u] = value, p, t
+                            best, chosen[u] = value, p
+                            if not shared:
+                                shifted[u] = t
             for u in range(run, run + step):
                 t = attempt if shared else shifted[u]
                 a, b = codebook[1][chosen[u]], codebook[2][chosen[u]]
