@@ -1,5 +1,7 @@
 """The tests of this directory share modules that lie beside them."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,0 +1,74 @@
+"""Server-sent events (WHATWG HTML, section 9.2), as far as OpenAI's streams use them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["DONE", "EventReader", "data_event", "has_token", "split_events"]
+
+DONE = b"data: [DONE]\n\n"
+
+
+def data_event(value: Any) -> bytes:
+    """One event with JSON in it."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def split_events(buffer: bytes) -> tuple[list[bytes], bytes]:
+    """The data of the complete events in ``buffer``, and what is left of it. Comments have no data and vanish.
+
+    llama.cpp once sent errors as a field ``error:``; it counts as data.
+    """
+    if b"\r" in buffer:
+        buffer = buffer.replace(b"\r\n", b"\n")
+    *complete, rest = buffer.split(b"\n\n")
+    found = []
+    for event in complete:
+        lines = []
+        for line in event.split(b"\n"):
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                lines.append(value.removeprefix(b" "))
+            elif name == b"error":
+                lines.append(b'{"error":' + value + b"}")
+            elif name and name not in (b"event", b"id", b"retry"):
+                raise ValueError(f"not a stream of events: {line[:80]!r}")
+        if lines:
+            found.append(b"\n".join(lines))
+    return found, rest
+
+
+class EventReader:
+    """Turns pieces of a stream, however they are cut, into the JSON of its events."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self.finished = False
+
+    def feed(self, chunk: bytes) -> Iterator[dict[str, Any]]:
+        """The events completed by ``chunk``. Raises :class:`ValueError` for one that is not JSON."""
+        events, self._rest = split_events(self._rest + chunk)
+        for event in events:
+            if event == b"[DONE]":
+                self.finished = True
+            else:
+                value = json.loads(event)
+                if not isinstance(value, dict):
+                    raise ValueError(f"an event that is no object: {event[:80]!r}")
+                yield value
+
+
+def has_token(event: dict[str, Any]) -> bool:
+    """Whether an event carries something of the answer, rather than only announcing it."""
+    choices = event.get("choices")
+    if not isinstance(choices, list):
+        return event.get("type") not in ("response.created", "response.in_progress", "response.queued")
+    for choice in choices:
+        delta = choice.get("delta")
+        if choice.get("finish_reason") or choice.get("text"):
+            return True
+        if isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role"):
+            return True
+    return bool(event.get("usage"))
