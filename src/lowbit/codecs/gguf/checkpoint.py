@@ -23,8 +23,8 @@ __all__ = ["GgufCheckpoint", "open_gguf_checkpoint"]
 def open_gguf_checkpoint(path: Path) -> GgufCheckpoint:
     """Open a GGUF file, or any file of a split one. Reads headers only.
 
-    Raises :class:`CheckpointError` naming file and field, :class:`UnsupportedError` for an architecture or tensor type
-    that lowbit does not know.
+    Raises :class:`CheckpointError` naming file and field, :class:`UnsupportedError` for an architecture that lowbit
+    does not know.
     """
     return GgufCheckpoint(open_gguf(path))
 

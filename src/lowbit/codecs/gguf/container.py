@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from lowbit.codecs.gguf.metadata import Cursor, MetadataValue, Typed, Value
 from lowbit.codecs.gguf.writing import MAX_NAME_BYTES, TensorHeader, WrittenFile, write_gguf
-from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.errors import CheckpointError
 from lowbit.formats.ggml.types import GGML_IDS, GgmlType
 
 __all__ = [
@@ -111,8 +111,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
 
     Checked: magic, version, every count and length against the bytes left, UTF-8, repeated keys and tensors, names of
     at most 63 bytes, rank, overflow, types, rows that are whole blocks, alignment, and that tensors lie inside the file
-    without overlap. Raises :class:`CheckpointError` naming file and field, :class:`UnsupportedError` for a tensor type
-    that lowbit does not know.
+    without overlap. Raises :class:`CheckpointError` naming file and field.
     """
     path = Path(path)
     try:
@@ -234,10 +233,8 @@ def _read_tensor(cursor: Cursor, path: Path) -> GgufTensor:
     offset = cursor.number("u64", f"offset of {where}")
     kind = GGML_IDS.get(code)
     if kind is None:
-        raise UnsupportedError(
-            f"{path}: {where} has the tensor type {code}, which lowbit does not know",
-            [f"it reads {', '.join(found.name for found in GGML_IDS.values())}"],
-        )
+        known = ", ".join(found.name for found in GGML_IDS.values())
+        raise CheckpointError(f"{path}: {where} has tensor type {code}, which is none of {known}")
     rows = 1
     for extent in shape[:-1]:
         rows *= extent

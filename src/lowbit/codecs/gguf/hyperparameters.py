@@ -168,9 +168,10 @@ def config_from_metadata(
         if value is None and not field.required:
             config[field.hf[0]] = None
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31:
+        kinds = (int,) if field.kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < 2**31:
             raise CheckpointError(f"{where}: metadata {prefix}{field.gguf} must be a number, not {value!r:.80}")
-        config[field.hf[0]] = field.kind(value) if field.kind is int else shortest(value)
+        config[field.hf[0]] = value if field.kind is int else shortest(value)
     for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
         if config[name] < 1:
             raise CheckpointError(f"{where}: {name} must be positive")
