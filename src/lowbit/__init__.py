@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from lowbit.evaluation.certify import quantize
     from lowbit.evaluation.evaluate import evaluate
+    from lowbit.evaluation.fit import FitResult, fit
     from lowbit.evaluation.inspect import Inspection
     from lowbit.evaluation.inspect import inspect_checkpoint as inspect
     from lowbit.evaluation.results import Evaluation
@@ -43,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "ConversionResult",
     "Evaluation",
+    "FitResult",
     "Inspection",
     "LowbitError",
     "NumericsError",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "convert",
     "evaluate",
+    "fit",
     "inspect",
     "quantize",
     "verify",
@@ -64,6 +67,7 @@ _ORIGINS = {
     "CheckpointError": ("lowbit.errors", "CheckpointError"),
     "ConversionResult": ("lowbit.codecs.conversion", "ConversionResult"),
     "Evaluation": ("lowbit.evaluation.results", "Evaluation"),
+    "FitResult": ("lowbit.evaluation.fit", "FitResult"),
     "Inspection": ("lowbit.evaluation.inspect", "Inspection"),
     "LowbitError": ("lowbit.errors", "LowbitError"),
     "NumericsError": ("lowbit.errors", "NumericsError"),
@@ -74,6 +78,7 @@ _ORIGINS = {
     "Verification": ("lowbit.evaluation.verify", "Verification"),
     "convert": ("lowbit.codecs.conversion", "convert_checkpoint"),
     "evaluate": ("lowbit.evaluation.evaluate", "evaluate"),
+    "fit": ("lowbit.evaluation.fit", "fit"),
     "inspect": ("lowbit.evaluation.inspect", "inspect_checkpoint"),
     "quantize": ("lowbit.evaluation.certify", "quantize"),
     "verify": ("lowbit.evaluation.verify", "verify_checkpoint"),

@@ -1,5 +1,6 @@
 """Quantization algorithms: statistics of inputs, transforms, solvers, error measures."""
 
+from lowbit.quant.allocation import Option, allocate
 from lowbit.quant.awq import AwqOptions, AwqScaling, search_scales
 from lowbit.quant.error import WeightError, output_error, weight_error
 from lowbit.quant.gptq import Factor, GptqOptions, factorise
@@ -17,10 +18,12 @@ __all__ = [
     "GptqOptions",
     "InputStatistics",
     "Method",
+    "Option",
     "Options",
     "RtnOptions",
     "Solution",
     "WeightError",
+    "allocate",
     "factorise",
     "output_error",
     "round_to_nearest",

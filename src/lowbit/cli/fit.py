@@ -1,0 +1,90 @@
+"""``lowbit fit``: the best checkpoint of a given size, each module with the bits that it needs."""
+
+from __future__ import annotations
+
+import argparse
+
+from lowbit.cli.options import SOURCE_HELP, parse_bytes, positive
+from lowbit.cli.output import plain, print_fields, write_json
+from lowbit.cli.progress import create_progress
+from lowbit.cli.quantize import summary
+
+HELP = "quantize to a size: measure every module, give each the bits that it needs"
+EXAMPLES = """\
+  lowbit fit demo demo-fit --bits-per-weight 4.5
+  lowbit fit ./Qwen3-8B ./Qwen3-8B-fit --size 5.2GiB --measurements qwen3.json --report report
+  lowbit fit ./Qwen3-8B ./small --size 4.6GiB --measurements qwen3.json      # another size, in seconds"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument("out", metavar="OUT", help="directory to write; it appears when it is complete")
+    budget = parser.add_argument_group("budget (one of them)")
+    budget.add_argument("--size", type=parse_bytes, metavar="SIZE", help="of the weight files, e.g. 3.9GiB")
+    budget.add_argument("--bits-per-weight", type=float, metavar="N", help="in the linears, fractions allowed: 4.25")
+    what = parser.add_argument_group("what to choose from")
+    what.add_argument("--format", default="compressed-tensors", help="how it is stored (default: compressed-tensors)")
+    what.add_argument("--method", default="gptq", help="gptq (default) or rtn")
+    what.add_argument(
+        "--candidates",
+        metavar="LIST",
+        help="number formats, e.g. int3-g128-sym,int4-g128-sym (default: those that vLLM has kernels for)",
+    )
+    what.add_argument("--measurements", metavar="FILE", help="read if it is there, else written: for the next budget")
+    what.add_argument("--report", metavar="DIR", help="write the pictures there")
+    data = parser.add_argument_group("calibration")
+    data.add_argument("--calibration", metavar="FILE|NAME|self", help="as for lowbit quantize")
+    data.add_argument("--samples", type=positive, default=128, metavar="N", help="sequences (default: 128)")
+    data.add_argument("--seq-len", type=positive, default=2048, metavar="N", help="tokens in each (default: 2048)")
+    data.add_argument("--seed", type=int, default=42, metavar="N", help="of the choice of text (default: 42)")
+    running = parser.add_argument_group("running")
+    running.add_argument("--memory", metavar="SIZE", type=parse_bytes, help="memory to stay within while quantizing")
+    running.add_argument("--overwrite", action="store_true", help="replace OUT")
+    running.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    running.add_argument("--json", action="store_true", help="print the result as JSON")
+    running.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fit and say what was chosen."""
+    from lowbit.evaluation.fit import fit
+
+    progress = create_progress(quiet=arguments.quiet)
+    candidates = None
+    if arguments.candidates is not None:
+        candidates = [name.strip() for name in arguments.candidates.split(",") if name.strip()]
+    try:
+        found = fit(
+            arguments.source,
+            arguments.out,
+            size=arguments.size,
+            bits_per_weight=arguments.bits_per_weight,
+            format=arguments.format,
+            method=arguments.method,
+            candidates=candidates,
+            measurements=arguments.measurements,
+            report=arguments.report,
+            calibration=arguments.calibration,
+            samples=arguments.samples,
+            seq_len=arguments.seq_len,
+            seed=arguments.seed,
+            memory=arguments.memory,
+            overwrite=arguments.overwrite,
+            trust_remote_code=arguments.trust_remote_code,
+            progress=progress,
+        )
+    finally:
+        progress.close()
+    counts: dict[str, int] = {}
+    for choice in found.fit.choices.values():
+        counts[choice] = counts.get(choice, 0) + 1
+    if arguments.json:
+        result = {name: value for name, value in plain(found.result).items() if name != "held_out"}
+        write_json({"predicted_kl": found.predicted, "choices": dict(found.fit.choices), "result": result})
+        return 0
+    lines = summary(found.result)
+    lines["how"] = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
+    lines["predicted"] = f"KL divergence {found.predicted:.4g} nats"
+    print_fields(lines | {f"picture {i + 1}": str(path) for i, path in enumerate(found.plots)})
+    return 0

@@ -1,0 +1,113 @@
+"""The best checkpoint that fits: measure, choose, quantize, and compare what was predicted with what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint import check_output
+from lowbit.errors import UsageError
+from lowbit.evaluation.certify import CERTIFY_TOKENS, quantize
+from lowbit.evaluation.fit_plots import draw_fit
+from lowbit.pipeline.fit import Fit, Measurement, check_measurement, choose, measure
+from lowbit.pipeline.progress import Progress, Silent
+from lowbit.pipeline.quantize import QuantizeResult
+
+__all__ = ["FitResult", "fit"]
+
+CURVE_POINTS = 24
+"""Budgets between the smallest and the largest choice that the plot's curve is drawn through."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """What :func:`fit` chose, and the checkpoint that it made of it.
+
+    ``predicted`` is the KL divergence in nats per token that was expected; ``result.quality`` has the measured one.
+    """
+
+    fit: Fit
+    predicted: float
+    result: QuantizeResult
+    measurement: Measurement
+    plots: tuple[Path, ...] = ()
+
+
+def fit(
+    source: str | Path,
+    out: str | Path,
+    *,
+    size: int | None = None,
+    bits_per_weight: float | None = None,
+    format: str = "compressed-tensors",
+    method: str = "gptq",
+    candidates: Sequence[str] | None = None,
+    measurements: str | Path | None = None,
+    report: str | Path | None = None,
+    calibration: str | Path | None = None,
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 42,
+    certify_tokens: int = CERTIFY_TOKENS,
+    device: str = "cpu",
+    memory: int | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Quantize ``source`` into ``out`` with the bits per module that lose least in ``size`` bytes on disk, or in
+    ``bits_per_weight`` of its linears.
+
+    ``measurements`` is a file: read if it is there, written if not, so that the next budget takes seconds.
+    ``report`` is a directory for the pictures. Raises :class:`ResourceError` for a budget that is too small, by how
+    much; everything :func:`lowbit.quantize` raises besides.
+    """
+    progress = progress or Silent()
+    if (size is None) == (bits_per_weight is None):
+        raise UsageError("fit needs a budget: --size or --bits-per-weight (one of them)")
+    check_output(Path(out), resume=False, overwrite=overwrite)
+    measurement = _measurement(
+        source, measurements, progress, format=format, method=method, candidates=candidates, calibration=calibration,
+        seed=seed, device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    chosen = choose(measurement, total_bytes=size, bits_per_weight=bits_per_weight)
+    progress.message(
+        f"chose {chosen.bits_per_weight:.3f} bits per weight: predicted KL divergence {chosen.divergence:.4g} nats"
+    )
+    result = quantize(
+        source, out, recipe=chosen.recipe(measurement), calibration=calibration, samples=samples, seq_len=seq_len,
+        seed=seed, certify_tokens=certify_tokens, device=device, memory=memory, overwrite=overwrite,
+        trust_remote_code=trust_remote_code, progress=progress,
+    )  # fmt: skip
+    plots: tuple[Path, ...] = ()
+    if report is not None:
+        plots = draw_fit(Path(report), measurement, chosen, curve(measurement), result.quality)
+    return FitResult(chosen, chosen.divergence, result, measurement, plots)
+
+
+def curve(measurement: Measurement) -> list[Fit]:
+    """The best choice at budgets from the smallest to the largest."""
+    least = sum(min(one.bytes for one in group.candidates.values()) for group in measurement.groups)
+    largest = sum(
+        max(one.bytes for name, one in group.candidates.items() if name != "dense" or len(group.candidates) == 1)
+        for group in measurement.groups
+    )
+    budgets = [least + (largest - least) * i // (CURVE_POINTS - 1) for i in range(CURVE_POINTS)]
+    return [choose(measurement, total_bytes=measurement.other_bytes + budget) for budget in budgets]
+
+
+def _measurement(source: str | Path, file: str | Path | None, progress: Progress, **settings: Any) -> Measurement:
+    path = None if file is None else Path(file)
+    if path is not None and path.exists():
+        found = Measurement.load(path)
+        if (found.format, found.method) != (settings["format"], settings["method"]):
+            raise UsageError(f"{path}: measured for {found.format} by {found.method}: name another file")
+        check_measurement(found, source)
+        return found
+    found = measure(source, progress=progress, **settings)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.save(path)
+    return found

@@ -1,0 +1,268 @@
+"""Mixed precision under a budget: measure each module once, choose bits per module, hand on a recipe.
+
+A measurement is good for any budget: it is kept in a file and used again in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.calibration import load_calibration, load_tokenizer
+from lowbit.checkpoint import Checkpoint, hash_file, open_checkpoint, read_json_object, write_json
+from lowbit.codecs import CODECS, Codec
+from lowbit.errors import CheckpointError, ResourceError, UsageError
+from lowbit.formats import IntSpec, parse_spec
+from lowbit.pipeline.job import DEMO
+from lowbit.pipeline.progress import Progress, Silent
+from lowbit.pipeline.recipe import Recipe, Rule, suggestion
+from lowbit.pipeline.sampling import sample_from
+from lowbit.pipeline.sensitivity import Candidate, GroupSensitivity, Measured, measure_sensitivity
+from lowbit.pipeline.streamed import StreamedModel, model_dtype
+from lowbit.planning import probe
+from lowbit.quant import METHODS, Option, allocate
+
+__all__ = ["DEFAULT_CANDIDATES", "Fit", "Measurement", "choose", "measure"]
+
+DENSE = "dense"
+"""The candidate that leaves a module as it is."""
+
+DEFAULT_CANDIDATES: Mapping[str, tuple[str, ...]] = {
+    # Widths that vLLM has kernels for in each format; finer groups fill the steps between them.
+    "compressed-tensors": ("int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int8-g128-sym"),
+    "gptq": ("int2-g64-sym", "int3-g128-sym", "int4-g128-sym", "int4-g32-sym", "int8-g128-sym"),
+}
+"""Number formats to choose between, by file format; ``dense`` is always one more."""
+
+_ROUTERS = re.compile(r".*(\.gate|\.router|shared_expert_gate)$")
+_HEADER_BYTES = 160
+"""Bytes of a safetensors header per tensor, at most, for names of usual length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What every candidate does to every group of modules of one checkpoint.
+
+    ``other_bytes`` are those of everything that is not chosen here: embeddings, norms, head, routers.
+    """
+
+    source: str
+    weights_sha256: Mapping[str, str]
+    format: str
+    method: str
+    calibration: Mapping[str, Any]
+    other_bytes: int
+    groups: tuple[GroupSensitivity, ...]
+
+    @property
+    def weights(self) -> int:
+        """Weights in all groups."""
+        return sum(group.weights for group in self.groups)
+
+    def save(self, path: Path) -> None:
+        """Write the measurement as JSON."""
+        write_json(
+            path,
+            asdict(self) | {"kind": "lowbit sensitivity", "version": 1},
+            way_out="free some space, or name another file",
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Measurement:
+        """Read it back; :class:`CheckpointError` naming the file if it is none."""
+        content = read_json_object(path)
+        try:
+            if content.pop("kind") != "lowbit sensitivity" or content.pop("version") != 1:
+                raise CheckpointError(f"{path}: no measurement of this version: measure again without --measurements")
+            groups = tuple(
+                GroupSensitivity(
+                    tuple(entry["modules"]),
+                    int(entry["weights"]),
+                    {name: Measured(**values) for name, values in entry["candidates"].items()},
+                )
+                for entry in content.pop("groups")
+            )
+            return cls(groups=groups, **content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a measurement of lowbit fit ({error})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A choice of one candidate per group: ``choices`` by module, and what it is predicted to come to."""
+
+    choices: Mapping[str, str]
+    bytes: int
+    divergence: float
+    bits_per_weight: float
+
+    def recipe(self, measurement: Measurement) -> Recipe:
+        """The recipe that quantizes every module as chosen."""
+        counts = Counter(choice for choice in self.choices.values() if choice != DENSE)
+        if not counts:
+            raise UsageError("the budget holds the model as it is: there is nothing to quantize")
+        base = counts.most_common(1)[0][0]
+        rules = []
+        for choice in sorted(set(self.choices.values()) - {base}):
+            names = [name for name, chosen in self.choices.items() if chosen == choice]
+            pattern = f"(?:{'|'.join(re.escape(name) for name in names)})$"
+            if choice == DENSE:
+                rules.append(Rule(pattern, skip=True))
+            else:
+                spec = parse_spec(choice)
+                rules.append(Rule(pattern, bits=spec.bits, group_size=spec.group_size, symmetric=spec.symmetric))
+        return Recipe(scheme=base, method=measurement.method, format=measurement.format, rules=tuple(rules))
+
+
+def measure(
+    source: str | Path,
+    *,
+    format: str = "compressed-tensors",
+    method: str = "gptq",
+    candidates: Sequence[str] | None = None,
+    calibration: str | Path | None = None,
+    samples: int = 64,
+    seq_len: int = 256,
+    seed: int = 42,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Measure every candidate number format in every linear of ``source``, by one sweep over the model.
+
+    Raises :class:`UsageError` for a format or candidate that cannot be, :class:`CheckpointError` for the source.
+    """
+    progress = progress or Silent()
+    if format not in CODECS or format == DENSE:
+        raise UsageError(f"fit cannot write {format!r}{suggestion(format, [n for n in CODECS if n != DENSE])}")
+    if method not in METHODS or METHODS[method].search_scales is not None:
+        usable = [name for name, entry in METHODS.items() if entry.search_scales is None]
+        raise UsageError(f"fit cannot measure method {method!r}{suggestion(method, usable)}")
+    codec = CODECS[format]
+    with open_checkpoint(source, trust_remote_code=trust_remote_code) as checkpoint:
+        if checkpoint.quantization_config:
+            raise UsageError(f"{checkpoint.path}: is quantized already: fit the original model")
+        names = candidates or DEFAULT_CANDIDATES.get(format) or tuple(DEFAULT_CANDIDATES["compressed-tensors"][:1])
+        dtype = codec.scale_dtype(model_dtype(checkpoint))
+        options = [_integer(codec, parse_spec(name).with_scale_dtype(dtype), method) for name in names]
+        options.append(_dense(model_dtype(checkpoint).itemsize))
+        model = StreamedModel(checkpoint, device=device, trust_remote_code=trust_remote_code)
+        text = load_calibration(
+            calibration if calibration is not None or str(source) != DEMO else DEMO,
+            load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code),
+            samples=samples,
+            seq_len=min(seq_len, int(getattr(model.config, "max_position_embeddings", None) or seq_len)),
+            seed=seed,
+            generate=sample_from(model, probe().available // 4),
+        )
+        groups = measure_sensitivity(
+            model, text.ids, options, wanted=lambda n: not _ROUTERS.match(n), seed=seed, progress=progress
+        )
+        if short := next((group for group in groups if len(group.candidates) < 2), None):
+            raise UsageError(f"{short.modules[0]}: no candidate fits its shape: give --candidates of smaller groups")
+        return Measurement(
+            source=checkpoint.path.name if str(source) != DEMO else DEMO,
+            weights_sha256={file.name: hash_file(file).sha256 for file in checkpoint.files},
+            format=format,
+            method=method,
+            calibration={"name": text.name, "sha256": text.sha256, "tokens": text.tokens},
+            other_bytes=_other_bytes(checkpoint, groups),
+            groups=tuple(groups),
+        )
+
+
+def choose(measurement: Measurement, *, total_bytes: int | None = None, bits_per_weight: float | None = None) -> Fit:
+    """The assignment with the least predicted divergence in a checkpoint of ``total_bytes``, or of so many bits per
+    weight in its linears. Raises :class:`ResourceError` saying by how much the budget is too small."""
+    if (total_bytes is None) == (bits_per_weight is None):
+        raise UsageError("give either a size or bits per weight")
+    if bits_per_weight is not None:
+        if not 0 < bits_per_weight <= 32:
+            raise UsageError(f"--bits-per-weight {bits_per_weight:g}: give a number such as 4.25")
+        budget = math.floor(bits_per_weight * measurement.weights / 8)
+    else:
+        assert total_bytes is not None
+        budget = total_bytes - measurement.other_bytes
+    table = [
+        {name: Option(one.bytes, one.divergence) for name, one in group.candidates.items()}
+        for group in measurement.groups
+    ]
+    try:
+        names = allocate(table, budget)
+    except ResourceError as error:
+        raise ResourceError(_too_small(measurement, table, budget, bits_per_weight)) from error
+    picked = [group.candidates[name] for group, name in zip(measurement.groups, names, strict=True)]
+    linear = sum(one.bytes for one in picked)
+    return Fit(
+        choices={
+            module: name for group, name in zip(measurement.groups, names, strict=True) for module in group.modules
+        },
+        bytes=linear + measurement.other_bytes,
+        divergence=sum(one.divergence for one in picked),
+        bits_per_weight=8 * linear / measurement.weights,
+    )
+
+
+def check_measurement(measurement: Measurement, source: str | Path) -> None:
+    """Raise :class:`UsageError` if the measurement is of other weights than those of ``source``."""
+    with open_checkpoint(source) as checkpoint:
+        found = {file.name: hash_file(file).sha256 for file in checkpoint.files}
+    if found != dict(measurement.weights_sha256):
+        raise UsageError(f"the measurement is of {measurement.source}, whose weights are not those of {source}")
+
+
+def _too_small(
+    measurement: Measurement, table: Sequence[Mapping[str, Option]], budget: int, bits_per_weight: float | None
+) -> str:
+    least = sum(min(option.bytes for option in options.values()) for options in table)
+    missing = (least - budget) / 2**20
+    if bits_per_weight is not None:
+        floor = 8 * least / measurement.weights
+        what = f"--bits-per-weight {bits_per_weight:g} is below the smallest choice, {floor:.3f}"
+    else:
+        what = f"the smallest choice is {missing:,.1f} MiB too large"
+    smallest = min((name for options in table for name in options), key=lambda name: (name == DENSE, name))
+    return f"{what}: give more room, or smaller --candidates (the smallest now: {smallest})"
+
+
+def _integer(codec: Codec, spec: IntSpec, method: str) -> Candidate:
+    def solve(weight: torch.Tensor, statistics: Any, shared: Any, name: str) -> Any:
+        usable = statistics if statistics.tokens else None
+        chosen = METHODS[method if usable is not None else "rtn"]
+        return chosen.solve(weight, usable, spec, shared=shared, name=name).tensor
+
+    def size(rows: int, columns: int) -> int | None:
+        if spec.group_size > columns or codec.supports(spec, (rows, columns)):
+            return None
+        return math.ceil(spec.bits_per_weight(rows, columns) * rows * columns / 8)
+
+    return Candidate(str(spec), solve, size)
+
+
+class _Same:
+    """A weight that is kept as it is."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+    def dequantize(self) -> torch.Tensor:
+        return self._weight
+
+
+def _dense(itemsize: int) -> Candidate:
+    return Candidate(DENSE, lambda weight, *_: _Same(weight), lambda rows, columns: rows * columns * itemsize)
+
+
+def _other_bytes(checkpoint: Checkpoint, groups: Sequence[GroupSensitivity]) -> int:
+    chosen = {f"{name}.weight" for group in groups for name in group.modules}
+    others = [info for name, info in checkpoint.tensors.items() if name not in chosen]
+    # A quantized module is stored as three or four tensors.
+    headers = _HEADER_BYTES * (len(others) + 4 * len(chosen))
+    return sum(info.nbytes for info in others) + headers

@@ -1,0 +1,108 @@
+"""Fitting a tiny model to a budget: the budget holds, the measurement serves twice, bad budgets are said."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowbit.checkpoint import open_checkpoint
+from lowbit.cli.main import main
+from lowbit.codecs import module_plan
+from lowbit.errors import CheckpointError, ResourceError, UsageError
+from lowbit.evaluation.fit import curve, fit
+from lowbit.pipeline.fit import Fit, Measurement, choose, measure
+
+CANDIDATES = ("int3-g64-sym", "int4-g64-sym", "int6-g64-sym", "int8-g64-sym")
+
+
+@pytest.fixture(scope="module")
+def measurement(tiny_llama: Path, calibration_file: Path) -> Measurement:
+    return measure(tiny_llama, candidates=CANDIDATES, calibration=calibration_file, samples=8, seq_len=32)
+
+
+def test_budgets_hold_and_more_room_is_never_worse(measurement: Measurement) -> None:
+    divergences = []
+    for bits in (3.3, 4.0, 5.0, 6.5):
+        found = choose(measurement, bits_per_weight=bits)
+        assert 0.97 * bits < found.bits_per_weight <= bits
+        divergences.append(found.divergence)
+    assert divergences == sorted(divergences, reverse=True)
+    assert [one.divergence for one in curve(measurement)] == sorted(
+        (one.divergence for one in curve(measurement)), reverse=True
+    )
+
+
+def test_fused_shards_agree(measurement: Measurement) -> None:
+    choices = choose(measurement, bits_per_weight=4.6).choices
+    for block in range(2):
+        prefix = f"model.layers.{block}"
+        assert len({choices[f"{prefix}.self_attn.{n}_proj"] for n in "qkv"}) == 1
+        assert len({choices[f"{prefix}.mlp.{n}_proj"] for n in ("gate", "up")}) == 1
+
+
+def test_too_small_a_budget_says_by_how_much(measurement: Measurement) -> None:
+    with pytest.raises(ResourceError, match=r"2.5 is below the smallest choice, 3\.\d+.*int3-g64-sym"):
+        choose(measurement, bits_per_weight=2.5)
+    with pytest.raises(ResourceError, match="MiB too large"):
+        choose(measurement, total_bytes=1000)
+    with pytest.raises(UsageError):
+        choose(measurement)
+
+
+def test_saved_and_read_back(measurement: Measurement, tmp_path: Path) -> None:
+    measurement.save(tmp_path / "m.json")
+    assert Measurement.load(tmp_path / "m.json") == measurement
+    (tmp_path / "bad.json").write_text(json.dumps({"kind": "something else"}))
+    with pytest.raises(CheckpointError, match=r"bad\.json"):
+        Measurement.load(tmp_path / "bad.json")
+
+
+def test_writes_what_was_chosen(tiny_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "candidates": CANDIDATES, "calibration": calibration_file, "samples": 8, "seq_len": 32,
+        "measurements": tmp_path / "m.json",
+    }  # fmt: skip
+    found = fit(tiny_llama, tmp_path / "out", bits_per_weight=4.5, report=tmp_path / "report", **settings)
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        stored = {module: str(entry.spec) for module, entry in module_plan(checkpoint).items()}
+    assert stored == {module: choice for module, choice in found.fit.choices.items() if choice != "dense"}
+    assert found.result.linear_bits_per_weight == pytest.approx(found.fit.bits_per_weight, abs=0.02)
+    assert [path.name for path in found.plots] == ["fit-pareto.png", "fit-bits.png"]
+    # A size on disk, from the same measurement.
+    again = fit(tiny_llama, tmp_path / "sized", size=found.fit.bytes, **settings)
+    assert again.result.size_bytes <= found.fit.bytes
+    with pytest.raises(UsageError, match="whose weights are not"):
+        fit("demo", tmp_path / "other", bits_per_weight=4.5, measurements=tmp_path / "m.json")
+
+
+def test_everything_dense_is_refused(measurement: Measurement) -> None:
+    whole = choose(measurement, bits_per_weight=32)
+    with pytest.raises(UsageError, match="nothing to quantize"):
+        Fit(dict.fromkeys(whole.choices, "dense"), 0, 0.0, 32).recipe(measurement)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--size or --bits-per-weight"),
+        (["--bits-per-weight", "0"], "--bits-per-weight 0"),
+        (["--bits-per-weight", "4.5", "--format", "gguuf"], "did you mean|use one of"),
+        (["--bits-per-weight", "4.5", "--method", "awq"], "cannot measure method 'awq'"),
+        (["--bits-per-weight", "4.5", "--candidates", "int4-x"], "unknown number format"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str], message: str, tiny_llama: Path, calibration_file: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    common = ["fit", str(tiny_llama), str(tmp_path / "out"), "--calibration", str(calibration_file), "--quiet"]
+    assert main([*common, "--samples", "4", "--seq-len", "32", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lowbit: error: ")
+    assert captured.err.count("\n") == 1
+    assert re.search(message, captured.err), captured.err
+    assert not (tmp_path / "out").exists()
