@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Callable
 
 from lowbit.errors import UsageError
 
@@ -18,14 +19,19 @@ SOURCE_HELP = "a Hugging Face directory, a hub id (owner/name), or 'demo' for th
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?", re.IGNORECASE)
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, flag: str = "--memory") -> int:
     """``4GiB``, ``4G``, ``500MB`` or ``1000000`` as bytes: ``GiB`` and ``G`` are binary, ``GB`` is decimal."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or float(match["number"]) <= 0:
-        raise UsageError(f"--memory {text!r} is not a size: write e.g. 4GiB or 800MiB")
+        raise UsageError(f"{flag} {text!r} is not a size: write e.g. 4GiB or 800MiB")
     power = " KMGT".index(match["unit"].upper() or " ")
     decimal = power > 0 and text.strip().upper().endswith("B") and not match["binary"]
     return int(float(match["number"]) * (1000 if decimal else 1024) ** power)
+
+
+def size_of(flag: str) -> Callable[[str], int]:
+    """:func:`parse_bytes` for an argument called ``flag``."""
+    return lambda text: parse_bytes(text, flag)
 
 
 def positive(text: str) -> int:

@@ -1,0 +1,59 @@
+"""The size of a GGUF file of a named mix before it is made."""
+
+from __future__ import annotations
+
+from lowbit.codecs.gguf.architectures import ExportPlan, export_plan
+from lowbit.codecs.gguf.container import TensorHeader
+from lowbit.codecs.gguf.mixes import choose_types, find_mix
+from lowbit.errors import LowbitError
+from lowbit.evaluation.headers import HeaderModel
+from lowbit.evaluation.variant import Variant
+from lowbit.formats.ggml.types import GgmlType
+from lowbit.planning import PlannedModule
+
+REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"})
+"""Types that llama.cpp copies into another order on a CPU with AVX2, beside the mapped file (measured)."""
+
+_ALIGNMENT = 32
+_EMBEDDING = "token_embd.weight"
+
+
+def gguf_variant(model: HeaderModel, scheme: str) -> Variant:
+    """``model`` as a GGUF file of the mix ``scheme``; a variant with a ``problem`` where llama.cpp has no such model.
+
+    The header's vocabulary is not counted, so the file's size is a lower bound; tensors are exact.
+    """
+    mix = find_mix(scheme)
+    try:
+        plan = export_plan(model.checkpoint)
+        types = choose_types(mix, plan.tensors, plan.metadata)
+    except LowbitError as error:
+        return Variant(mix.name, "gguf", mix.base_type.bits, problem=str(error))
+    headers = [TensorHeader(tensor.name, types[tensor.name], tensor.shape) for tensor in plan.tensors]
+    sizes = {_kind_name(plan, header): header.nbytes for header in headers}
+    padded = sum(header.nbytes + -header.nbytes % _ALIGNMENT for header in headers)
+    repacked = sum(
+        header.nbytes
+        for header in headers
+        if header.type.name in REPACKED and header.name != _EMBEDDING and len(header.shape) > 1
+    )
+    modules = tuple(PlannedModule(name, shape) for name, shape in model.linears.items())
+    bits = _nominal_bits(headers)
+    return Variant(mix.name, "gguf", bits, {f"{mix.name}.gguf": padded}, sizes, modules, exact=False, repacked=repacked)
+
+
+def _kind_name(plan: ExportPlan, header: TensorHeader) -> str:
+    """The tensor under its first source's name, by which kinds are told, kept apart from others of that source."""
+    tensor = next(entry for entry in plan.tensors if entry.name == header.name)
+    return tensor.sources[0] if tensor.sources else header.name
+
+
+def _nominal_bits(headers: list[TensorHeader]) -> float:
+    """Bits per weight over the matrices."""
+    matrices = [header for header in headers if len(header.shape) > 1]
+    weights = sum(_count(header.type, header) for header in matrices)
+    return 8 * sum(header.nbytes for header in matrices) / max(1, weights)
+
+
+def _count(kind: GgmlType, header: TensorHeader) -> int:
+    return header.nbytes // kind.block_bytes * kind.block_size

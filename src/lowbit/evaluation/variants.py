@@ -1,0 +1,161 @@
+"""The same model at another precision, before it is made: which tensors its files would hold, to the byte.
+
+Sizes come from the code that will write them: codecs encode tensors without data (torch's ``meta`` device), recipes
+decide which modules, the writer's rule lays out the files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from lowbit.checkpoint.sizes import weight_file_sizes
+from lowbit.codecs import CODECS
+from lowbit.codecs.gguf.mixes import MIXES, is_mix
+from lowbit.errors import UsageError
+from lowbit.evaluation.gguf_sizes import gguf_variant
+from lowbit.evaluation.headers import Header, HeaderModel, block_number
+from lowbit.evaluation.variant import Variant
+from lowbit.formats import PER_TENSOR, IntSpec, QuantizedTensor, parse_spec
+from lowbit.pipeline.architectures import fused_groups
+from lowbit.pipeline.recipe import Recipe, resolve
+from lowbit.planning import PlannedModule
+from lowbit.quant import METHODS
+
+FLOATS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dense precisions by the name that ``convert --dtype`` takes."""
+
+_SHORT = {"int4": "int4-g128-sym", "int8": "int8-g128-sym", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_PRESETS = ("W4A16", "W4A16_ASYM", "W8A16", "int4-g128-sym", "int4-g128-asym", "int8-channel-sym", "stored")
+_SMALL = 1 << 20
+CONVERSION_PART_BYTES = 256 << 20
+"""After how many bytes a conversion starts a new part, which decides the order of tensors in several files."""
+
+
+def make_variant(model: HeaderModel, scheme: str, format: str = "compressed-tensors") -> Variant:
+    """``model`` as ``scheme`` would have it: ``stored``, a dense precision, a number format or a GGUF mix.
+
+    ``format`` is where a number format is stored. Raises :class:`UsageError` for a scheme or format that is not known;
+    a combination that cannot work is a variant with a ``problem``.
+    """
+    name = _SHORT.get(scheme.strip().lower(), scheme.strip())
+    if name.lower() == "stored":
+        return _stored(model)
+    if name.lower() in FLOATS:
+        return _dense(model, name.lower())
+    if is_mix(name) and not _reads_as_number_format(name):
+        return gguf_variant(model, name)
+    return _quantized(model, _spec(scheme, name), format)
+
+
+def _spec(scheme: str, name: str) -> IntSpec:
+    try:
+        return parse_spec(name)
+    except UsageError as error:
+        known = [*_SHORT, *FLOATS, *_PRESETS, *MIXES]
+        close = difflib.get_close_matches(scheme.lower(), [entry.lower() for entry in known], n=1, cutoff=0.5)
+        by_lower = {entry.lower(): entry for entry in known}
+        hint = f"did you mean {by_lower[close[0]]!r}?" if close else "use e.g. bf16, int8, int4-g128-sym or Q4_K_M"
+        raise UsageError(f"--scheme {scheme}: {hint if close or 'unknown' in str(error) else error}") from error
+
+
+def _reads_as_number_format(name: str) -> bool:
+    return name.lower().startswith(("int", "w")) and not name.lower().startswith("iq")
+
+
+def _stored(model: HeaderModel) -> Variant:
+    """The model as it is."""
+    checkpoint = model.checkpoint
+    files = {file.name: file.stat().st_size for file in checkpoint.files if file.is_file()}
+    tensors = {name: info.nbytes for name, info in checkpoint.tensors.items()}
+    exact = len(files) == len(checkpoint.files)
+    if not checkpoint.files:
+        return Variant("stored", model.stored, 0.0, problem="there is a config.json only, and no weights")
+    bits = 8 * sum(tensors.values()) / max(1, model.parameters)
+    modules = tuple(PlannedModule(name, shape) for name, shape in model.linears.items())
+    if not exact:
+        files = {"(headers not counted)": sum(tensors.values())}
+    return Variant("stored", model.stored, bits, files, tensors, modules, exact)
+
+
+def _dense(model: HeaderModel, name: str) -> Variant:
+    """All floats in one dtype, as ``lowbit convert --format dense --dtype`` writes them."""
+    dtype = FLOATS[name]
+    headers = {
+        tensor: (dtype if stored.is_floating_point else stored, shape)
+        for tensor, (stored, shape) in model.dense.items()
+    }
+    modules = tuple(PlannedModule(module, shape) for module, shape in model.linears.items())
+    files = weight_file_sizes(_conversion_parts(headers))
+    return Variant(name, "dense", dtype.itemsize * 8, files, _bytes(headers), modules)
+
+
+def _conversion_parts(headers: Mapping[str, Header]) -> Iterator[dict[str, Header]]:
+    part: dict[str, Header] = {}
+    filled = 0
+    for name, header in headers.items():
+        part[name] = header
+        filled += math.prod(header[1]) * header[0].itemsize
+        if filled >= CONVERSION_PART_BYTES:
+            yield part
+            part, filled = {}, 0
+    yield part
+
+
+def _quantized(model: HeaderModel, spec: IntSpec, format: str) -> Variant:
+    """Linears in ``spec``, the rest as stored, as ``lowbit quantize`` writes them."""
+    codec = CODECS.get(format)
+    if codec is None:
+        close = difflib.get_close_matches(format, CODECS, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(CODECS)}"
+        raise UsageError(f"--format {format}: {hint}")
+    variant = Variant(str(spec), format, float(spec.bits))
+    recipe = Recipe(scheme=str(spec), method="rtn", format=format)
+    try:
+        entries = resolve(recipe, model.linears, fused_groups(list(model.linears)), methods=METHODS)
+    except UsageError as error:
+        return replace(variant, problem=str(error))
+    scaled = spec.with_scale_dtype(codec.scale_dtype(model.dtype))
+    modules = tuple(
+        PlannedModule(name, shape, scaled if entries[name] is not None else None)
+        for name, shape in model.linears.items()
+    )
+    for module in modules:
+        if module.spec is not None and (reasons := codec.supports(module.spec, module.shape)):
+            return replace(variant, problem=f"{module.name}: {reasons[0]}")
+    parts: list[dict[str, Header]] = [{} for _ in range(model.description.layers + 1)]
+    for name, header in model.dense.items():
+        parts[block_number(name, model.blocks, model.description.layers) + 1][name] = header
+    for module in modules:
+        if module.spec is None:
+            continue
+        part = parts[block_number(f"{module.name}.", model.blocks, model.description.layers) + 1]
+        del part[f"{module.name}.weight"]
+        for local, header in _encoded(format, module.spec, module.shape).items():
+            part[f"{module.name}.{local}"] = header
+    sizes = {name: size for part in parts for name, size in _bytes(part).items()}
+    return replace(variant, files=weight_file_sizes(parts), tensors=sizes, modules=modules)
+
+
+@lru_cache(maxsize=256)
+def _encoded(format: str, spec: IntSpec, shape: tuple[int, int]) -> dict[str, Header]:
+    """Dtype and shape of each tensor that a module becomes: what the codec makes of one without data."""
+    scales = (1, 1) if spec.group_size == PER_TENSOR else (shape[0], spec.groups(shape[1]))
+    # The first use of the meta device costs seconds of imports: small tensors are really encoded.
+    with torch.device("meta" if math.prod(shape) > _SMALL else "cpu"):
+        tensor = QuantizedTensor(
+            spec,
+            torch.zeros(shape, dtype=torch.uint8),
+            torch.zeros(scales, dtype=spec.scale_dtype),
+            None if spec.symmetric else torch.zeros(scales, dtype=torch.uint8),
+        )
+        return {name: (item.dtype, tuple(item.shape)) for name, item in CODECS[format].encode(tensor).items()}
+
+
+def _bytes(headers: Mapping[str, Header]) -> dict[str, int]:
+    return {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in headers.items()}
