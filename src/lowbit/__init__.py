@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from lowbit.evaluation.certify import quantize
+    from lowbit.evaluation.estimate import estimate
+    from lowbit.evaluation.estimate_results import Estimate
     from lowbit.evaluation.evaluate import evaluate
     from lowbit.evaluation.fit import FitResult, fit
     from lowbit.evaluation.inspect import Inspection
@@ -43,6 +45,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConversionResult",
+    "Estimate",
     "Evaluation",
     "FitResult",
     "Inspection",
@@ -55,6 +58,7 @@ __all__ = [
     "Verification",
     "__version__",
     "convert",
+    "estimate",
     "evaluate",
     "fit",
     "inspect",
@@ -66,6 +70,7 @@ _ORIGINS = {
     "CalibrationError": ("lowbit.errors", "CalibrationError"),
     "CheckpointError": ("lowbit.errors", "CheckpointError"),
     "ConversionResult": ("lowbit.codecs.conversion", "ConversionResult"),
+    "Estimate": ("lowbit.evaluation.estimate_results", "Estimate"),
     "Evaluation": ("lowbit.evaluation.results", "Evaluation"),
     "FitResult": ("lowbit.evaluation.fit", "FitResult"),
     "Inspection": ("lowbit.evaluation.inspect", "Inspection"),
@@ -77,6 +82,7 @@ _ORIGINS = {
     "UsageError": ("lowbit.errors", "UsageError"),
     "Verification": ("lowbit.evaluation.verify", "Verification"),
     "convert": ("lowbit.codecs.conversion", "convert_checkpoint"),
+    "estimate": ("lowbit.evaluation.estimate", "estimate"),
     "evaluate": ("lowbit.evaluation.evaluate", "evaluate"),
     "fit": ("lowbit.evaluation.fit", "fit"),
     "inspect": ("lowbit.evaluation.inspect", "inspect_checkpoint"),
