@@ -10,14 +10,18 @@ import torch
 
 from lowbit.calibration import EvaluationText, ids_hash
 from lowbit.checkpoint import update_quality
+from lowbit.errors import UsageError
 from lowbit.evaluation.evaluate import evaluate
 from lowbit.evaluation.results import Evaluation
+from lowbit.pipeline.gguf import GGUF_ONLY, is_for_gguf, quantize_gguf
 from lowbit.pipeline.progress import Progress
 from lowbit.pipeline.quantize import QuantizeResult
-from lowbit.pipeline.quantize import quantize as run_pipeline
+from lowbit.pipeline.quantize import quantize as quantize_directory
 
 CERTIFY_TOKENS = 4096
 """Tokens that a certificate is measured on unless told otherwise."""
+
+_FLAGS = {"types": "type", "split_bytes": "split-size"}
 
 
 def quantize(
@@ -28,18 +32,21 @@ def quantize(
     progress: Progress | None = None,
     **settings: Any,
 ) -> QuantizeResult:
-    """Quantize ``source`` into ``out`` (:func:`lowbit.pipeline.quantize.quantize`) and certify the result.
+    """Quantize ``source`` into ``out`` and certify the result.
+
+    An ``out`` that ends in ``.gguf`` becomes a GGUF file (:func:`lowbit.pipeline.gguf.quantize_gguf`), any other a
+    directory (:func:`lowbit.pipeline.quantize.quantize`).
 
     The certificate is measured on ``certify_tokens`` (0: none) of the calibration data that were kept out of
     calibration, or on the held-out text of the ``demo`` model; without any text there is no certificate.
     """
-    result = run_pipeline(source, out, progress=progress, held_out_tokens=certify_tokens, **settings)
+    result = _run(source, out, progress=progress, held_out_tokens=certify_tokens, **settings)
     text = _text(source, result)
     if text is None or certify_tokens <= 0:
         return result
     shared = ("device", "memory", "allow_pickle", "trust_remote_code")
     evaluation = evaluate(
-        out,
+        result.out,
         against=result.source,
         text=text,
         seq_len=None if result.held_out is None else result.held_out.shape[1],
@@ -48,6 +55,19 @@ def quantize(
         **{name: settings[name] for name in shared if name in settings},
     )
     return certify(result, evaluation)
+
+
+def _run(source: str | Path, out: str | Path, **settings: Any) -> QuantizeResult:
+    """Quantize to a GGUF file or to a directory; :class:`UsageError` for settings of the other."""
+    if is_for_gguf(out, settings.get("scheme"), settings.get("format")):
+        if settings.get("format") == "gguf":
+            del settings["format"]
+        return quantize_gguf(source, out, **settings)
+    for name in GGUF_ONLY:
+        if settings.pop(name, None):
+            flag = _FLAGS.get(name, name)
+            raise UsageError(f"--{flag} is for GGUF files: end the output in .gguf, e.g. {Path(out).name}.gguf")
+    return quantize_directory(source, out, **settings)
 
 
 def certify(result: QuantizeResult, evaluation: Evaluation) -> QuantizeResult:

@@ -23,7 +23,7 @@ from lowbit.codecs.gguf.metadata import MetadataValue, Typed, encode_string, enc
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.formats.ggml.types import GgmlType
 
-__all__ = ["MAX_NAME_BYTES", "Piece", "TensorHeader", "WrittenFile", "write_gguf"]
+__all__ = ["MAX_NAME_BYTES", "Piece", "TensorHeader", "WrittenFile", "output_paths", "write_gguf"]
 
 MAX_NAME_BYTES = 63
 """Longest tensor name that ggml holds."""
@@ -110,6 +110,13 @@ def write_gguf(
             temporary.unlink(missing_ok=True)
         raise
     return tuple(WrittenFile(file, record) for file, record in zip(paths, records, strict=True))
+
+
+def output_paths(
+    path: str | os.PathLike[str], tensors: Sequence[TensorHeader], split_bytes: int | None = None
+) -> list[Path]:
+    """The files that :func:`write_gguf` writes for ``tensors`` at the default alignment."""
+    return _names(Path(path), len(_split(tensors, split_bytes, DEFAULT_ALIGNMENT)))
 
 
 def _check(tensors: Sequence[TensorHeader]) -> None:

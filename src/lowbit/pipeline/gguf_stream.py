@@ -1,0 +1,247 @@
+"""Weights on their way into a GGUF file: read ahead, encoded on all cores, handed to the writer slice by slice.
+
+Reading, encoding and writing each have a thread, so that the disk works while the processor does. What is in memory is
+a few slices, and of a source that must be decoded whole (a packed weight) that one weight.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Generic, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lowbit.checkpoint import Checkpoint
+from lowbit.codecs import StoredModule, read_quantized
+from lowbit.codecs.gguf.architectures import ExportTensor, load_tensor
+from lowbit.errors import NumericsError
+from lowbit.formats import QuantizedTensor
+from lowbit.formats.ggml import BlockTensor, GgmlType
+from lowbit.formats.ggml.grids import Rounding, from_integer
+from lowbit.formats.spec import PER_TENSOR
+from lowbit.kernels.ggml import quantize_rows
+
+__all__ = ["Tally", "Task", "encoded", "read_ahead"]
+
+SLICE = 1 << 22
+"""Weights in a slice: enough to keep all cores busy, 16 MiB as float32."""
+_DEPTH = 2
+_SAMPLED_ROWS = 4
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_T = TypeVar("_T")
+_Part: TypeAlias = "torch.Tensor | QuantizedTensor | BlockTensor"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A tensor of the file and the type that it gets.
+
+    ``importance`` is float32 ``[matrices, in_features]`` or None. ``carry`` takes the codes of a quantized source as
+    they are instead of rounding its values anew.
+    """
+
+    tensor: ExportTensor
+    type: GgmlType
+    importance: npt.NDArray[np.float32] | None = None
+    carry: bool = False
+
+
+@dataclass(slots=True)
+class Tally:
+    """What encoding did to one tensor: squared error and squares of a sample of its rows, and of carried codes, what
+    rounding the scales did."""
+
+    error: float = 0.0
+    energy: float = 0.0
+    rounding: Rounding = field(default_factory=Rounding)
+
+    @property
+    def relative(self) -> float:
+        """Squared error over squares."""
+        return self.error / self.energy if self.energy else 0.0
+
+
+def encoded(
+    checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tasks: Sequence[Task]
+) -> Iterator[tuple[Task, npt.NDArray[np.uint8], Tally]]:
+    """The bytes of all ``tasks`` in order, piece by piece, each with the tally of its tensor so far.
+
+    Raises :class:`NumericsError` naming the tensor for a weight that is not finite or too large for its type.
+    """
+    reading = read_ahead(_read(checkpoint, plan, tasks), _DEPTH)
+    return read_ahead(_encode(reading), _DEPTH)
+
+
+class _End(Generic[_T]):
+    """The last item of a queue: an error, or None."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+def read_ahead(items: Iterator[_T], depth: int) -> Iterator[_T]:
+    """``items``, produced by a thread of its own up to ``depth`` items ahead of the consumer.
+
+    An exception of the producer is raised where its item would be. When the consumer leaves, the producer stops.
+    """
+    line: queue.Queue[_T | _End[_T]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: _T | _End[_T]) -> bool:
+        while not stopped.is_set():
+            try:
+                line.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def produce() -> None:
+        error: BaseException | None = None
+        try:
+            for item in items:
+                if not put(item):
+                    break
+        except BaseException as caught:  # noqa: BLE001 - handed to the consumer, whatever it is
+            error = caught
+        finally:
+            if hasattr(items, "close"):
+                items.close()
+        put(_End(error))
+
+    thread = threading.Thread(target=produce, name="lowbit-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := line.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        stopped.set()
+        thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Rows of one matrix of a task's tensor."""
+
+    task: Task
+    matrix: int
+    rows: _Part
+
+
+def _read(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tasks: Sequence[Task]) -> Iterator[_Slice]:
+    for task in tasks:
+        tensor = task.tensor
+        if len(tensor.shape) == 1 or not tensor.sources:
+            yield _Slice(task, 0, load_tensor(checkpoint, plan, tensor).reshape(-1, tensor.shape[-1]))
+            continue
+        for matrix, source in enumerate(tensor.sources):
+            for rows in _matrix(checkpoint, plan, tensor, source):
+                yield _Slice(task, matrix, rows)
+
+
+def _matrix(
+    checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tensor: ExportTensor, source: str
+) -> Iterator[_Part]:
+    """Slices of one matrix in GGUF's row order."""
+    count, columns = tensor.shape[-2:]
+    step = max(1, SLICE // columns)
+    order = None if tensor.row_order is None else torch.from_numpy(tensor.row_order)
+    module = source.removesuffix(".weight")
+    quantized = module != source and module in plan
+    whole: _Part | None = None
+    if quantized:
+        whole = read_quantized(checkpoint, module, plan[module])
+    elif order is not None or count <= step:
+        whole = checkpoint.read(source).reshape(-1, columns)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        if whole is None:
+            rows: _Part = checkpoint.read_rows(source, range(first, last))
+        else:
+            rows = _take(whole, slice(first, last) if order is None else order[first:last])
+        if isinstance(rows, torch.Tensor) and tensor.offset:
+            rows = rows.float() + tensor.offset
+        yield rows
+
+
+def _take(weight: _Part, rows: slice | torch.Tensor) -> _Part:
+    """Some rows of a weight, as it is stored."""
+    if isinstance(weight, torch.Tensor):
+        return weight[rows]
+    if isinstance(weight, BlockTensor):
+        return BlockTensor(weight.type, weight.blocks[rows])
+    shared = weight.spec.group_size == PER_TENSOR
+    zeros = weight.zero_points
+    return QuantizedTensor(
+        weight.spec,
+        weight.codes[rows],
+        weight.scales if shared else weight.scales[rows],
+        zeros if zeros is None or shared else zeros[rows],
+        weight.group_index,
+    )
+
+
+def _encode(slices: Iterator[_Slice]) -> Iterator[tuple[Task, npt.NDArray[np.uint8], Tally]]:
+    last: Task | None = None
+    tally = Tally()
+    with closing(slices):  # type: ignore[type-var]
+        for part in slices:
+            if part.task is not last:
+                last, tally = part.task, Tally()
+            try:
+                blocks = _blocks(part, tally)
+            except NumericsError as error:
+                raise NumericsError(f"{', '.join(part.task.tensor.sources[:1])}: {error}") from error
+            yield part.task, blocks, tally
+
+
+def _blocks(part: _Slice, tally: Tally) -> npt.NDArray[np.uint8]:
+    """The slice in the blocks of its type."""
+    kind, rows = part.task.type, part.rows
+    if isinstance(rows, BlockTensor) and rows.type == kind:
+        rows.validate("blocks")
+        return rows.blocks.numpy()
+    if part.task.carry and isinstance(rows, QuantizedTensor):
+        carried, rounding = from_integer(rows, kind)
+        tally.rounding += rounding
+        tally.error += rounding.error
+        tally.energy += rounding.energy
+        return carried.blocks.numpy()
+    values = rows if isinstance(rows, torch.Tensor) else rows.dequantize()
+    _require_finite(values)
+    if kind.name in _FLOATS:
+        return _as_floats(values, kind, tally)
+    single = values.float().numpy()
+    importance = None if part.task.importance is None else part.task.importance[part.matrix]
+    blocks = quantize_rows(single, kind, importance)
+    sample = slice(None, None, max(1, len(single) // _SAMPLED_ROWS))
+    decoded = BlockTensor(kind, torch.from_numpy(blocks[sample].copy())).dequantize().double()
+    wanted = values[sample].double()
+    tally.error += float((decoded - wanted).square().sum())
+    tally.energy += float(wanted.square().sum())
+    return blocks
+
+
+def _as_floats(values: torch.Tensor, kind: GgmlType, tally: Tally) -> npt.NDArray[np.uint8]:
+    stored = values.to(_FLOATS[kind.name]).contiguous()
+    if stored.dtype != values.dtype:
+        _require_finite(stored, f"is too large for {kind}: use BF16 or F32")
+        if kind.name != "F32":
+            tally.error += float((stored.float() - values.float()).square().sum(dtype=torch.float64))
+            tally.energy += float(values.float().square().sum(dtype=torch.float64))
+    return stored.view(torch.uint8).numpy()
+
+
+def _require_finite(values: torch.Tensor, problem: str = "is not finite: the source is damaged") -> None:
+    # A sum is not finite if a value is not; it may also overflow, so look closer before refusing.
+    if not bool(torch.isfinite(values.sum(dtype=torch.float32))) and not bool(torch.isfinite(values).all()):
+        raise NumericsError(f"a weight {problem}")
