@@ -13,13 +13,19 @@ from typing import Any
 from lowbit.codecs.gguf.hard_texts import HARD_TEXTS, with_special_tokens
 from lowbit.codecs.gguf.metadata import MetadataValue, Typed
 from lowbit.codecs.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
-from lowbit.codecs.gguf.token_table import CONTROL, UNKNOWN, USER_DEFINED, Added, Source, TokenTable, token_table
-from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.codecs.gguf.token_table import (
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    Source,
+    TokenTable,
+    merge_pairs,
+    some_texts,
+    token_table,
+)
+from lowbit.errors import UnsupportedError
 
 __all__ = ["byte_level_metadata", "byte_level_tokenizer", "split_pre_tokenizer"]
-
-_MOST_SPECIAL = 24
-"""Special tokens of each kind that are tried in text; vocabularies with thousands of reserved ones exist."""
 
 
 def byte_level_metadata(source: Source, vocab_size: int) -> tuple[dict[str, MetadataValue], list[str]]:
@@ -28,7 +34,7 @@ def byte_level_metadata(source: Source, vocab_size: int) -> tuple[dict[str, Meta
     Raises :class:`UnsupportedError` when no pre-tokenizer of llama.cpp gives the same token ids.
     """
     table = token_table(source, vocab_size)
-    merges = _merges(source)
+    merges = merge_pairs(source)
     entry, notes = _identify(source, table, merges)
     metadata: dict[str, MetadataValue] = {
         "tokenizer.ggml.model": "gpt2",
@@ -80,17 +86,6 @@ def split_pre_tokenizer(splits: Sequence[str]) -> Any:
     )
 
 
-def _merges(source: Source) -> list[tuple[str, str]]:
-    """Pairs, from either form of ``tokenizer.json``: ``"a b"`` or ``["a", "b"]``."""
-    pairs = []
-    for merge in source.model["merges"]:
-        pair = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-        if len(pair) != 2 or not all(pair) or any(" " in part for part in pair):
-            raise CheckpointError(f"{source.where}: merge {merge!r} is not a pair of tokens without spaces")
-        pairs.append((str(pair[0]), str(pair[1])))
-    return pairs
-
-
 def _identify(source: Source, table: TokenTable, merges: Sequence[tuple[str, str]]) -> tuple[PreTokenizer, list[str]]:
     texts, notes = _texts(source)
     expected = [source.ids(text) for text in texts]
@@ -138,20 +133,13 @@ def _texts(source: Source) -> tuple[list[str], list[str]]:
     if len(plain) < len(source.added):
         names = ", ".join(token.text for token in source.added if token.strips)
         notes.append(f"llama.cpp does not strip the spaces beside {names[:120]}, which the original tokenizer does")
-    return texts + with_special_tokens(list(_some(plain))), notes
+    return texts + with_special_tokens(some_texts(plain)), notes
 
 
 def _only_composed(normalizer: Any, text: str) -> bool:
     """Whether ``text`` is for comparison: not one that the normalizer changes just by NFC."""
     normalized = normalizer.normalize_str(text)
     return bool(normalized == text or normalized != unicodedata.normalize("NFC", text))
-
-
-def _some(tokens: Sequence[Added]) -> Iterator[str]:
-    for special in (True, False):
-        of_kind = [token.text for token in tokens if token.special is special]
-        step = max(1, len(of_kind) // _MOST_SPECIAL)
-        yield from of_kind[::step]
 
 
 def _pieces(pre_tokenizer: Any, text: str) -> list[str]:

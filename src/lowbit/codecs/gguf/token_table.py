@@ -7,7 +7,7 @@ become unused tokens ``[PADn]``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ __all__ = [
     "Source",
     "TokenTable",
     "check_unique",
+    "merge_pairs",
     "open_source",
+    "some_texts",
     "token_table",
 ]
 
@@ -40,6 +42,10 @@ _KNOWN_BY_TEXT = """
 """
 _ALWAYS_CONTROL = frozenset(_KNOWN_BY_TEXT.split())
 """Added tokens that llama.cpp knows by their text and takes for control tokens, with a warning where they are not."""
+
+
+_MOST_TRIED = 24
+"""Added tokens of each kind that are tried in texts; vocabularies with thousands of reserved ones exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,10 @@ class TokenTable:
 
     tokens: list[str]
     kinds: list[int]
+
+    def rows(self) -> Iterator[tuple[str, int]]:
+        """``(text, kind)`` by id."""
+        return zip(self.tokens, self.kinds, strict=True)
 
 
 def open_source(directory: Path) -> Source:
@@ -145,7 +155,8 @@ def token_table(source: Source, vocab_size: int) -> TokenTable:
     tokens = [f"[PAD{id}]" for id in range(vocab_size)]
     kinds = [UNUSED] * vocab_size
     for text, id in vocabulary.items():
-        tokens[id], kinds[id] = text, NORMAL
+        if "\0" not in text:  # llama.cpp would read it as ending there
+            tokens[id], kinds[id] = text, NORMAL
     for token in source.added:
         control = token.special or token.text in _ALWAYS_CONTROL
         tokens[token.id], kinds[token.id] = token.text, CONTROL if control else USER_DEFINED
@@ -164,3 +175,23 @@ def check_unique(tokens: Sequence[str], where: Path) -> None:
                 f"{where}: tokens {seen[text]} and {id} are both {text!r}: llama.cpp cannot hold them"
             )
         seen[text] = id
+
+
+def merge_pairs(source: Source) -> list[tuple[str, str]]:
+    """The merges of a BPE model, from either form of ``tokenizer.json``: ``"a b"`` or ``["a", "b"]``."""
+    pairs = []
+    for merge in source.model["merges"]:
+        pair = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+        if len(pair) != 2 or not all(pair) or any(" " in part for part in pair):
+            raise CheckpointError(f"{source.where}: merge {merge!r} is not a pair of tokens without spaces")
+        pairs.append((str(pair[0]), str(pair[1])))
+    return pairs
+
+
+def some_texts(tokens: Sequence[Added]) -> list[str]:
+    """The texts of at most some dozens of ``tokens``, special ones and others, evenly picked."""
+    texts = []
+    for special in (True, False):
+        of_kind = [token.text for token in tokens if token.special is special]
+        texts += of_kind[:: max(1, len(of_kind) // _MOST_TRIED)]
+    return texts

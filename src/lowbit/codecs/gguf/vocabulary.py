@@ -15,6 +15,7 @@ from typing import Any
 
 from lowbit.codecs.gguf.byte_level import byte_level_metadata
 from lowbit.codecs.gguf.metadata import MetadataValue, Typed
+from lowbit.codecs.gguf.sentencepiece import sentencepiece_metadata
 from lowbit.codecs.gguf.special_tokens import special_token_metadata
 from lowbit.codecs.gguf.token_table import Source, open_source
 from lowbit.errors import UnsupportedError
@@ -54,6 +55,8 @@ def _convert(source: Source) -> Callable[[Source, int], tuple[dict[str, Metadata
     kind = source.model["type"]
     if kind == "BPE" and _mentions(source.spec, "ByteLevel"):
         return byte_level_metadata
+    if kind == "BPE" and source.model.get("byte_fallback"):
+        return sentencepiece_metadata
     raise UnsupportedError(
         f"{source.where}: a {kind} tokenizer without byte level or byte fallback has no counterpart in llama.cpp"
     )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from lowbit.codecs.gguf.byte_level import byte_level_tokenizer, split_pre_tokenizer
 from lowbit.codecs.gguf.hard_texts import HARD_TEXTS, with_special_tokens
 from lowbit.codecs.gguf.pre_tokenizers import PRE_TOKENIZERS
 from lowbit.codecs.gguf.vocabulary import read_vocabulary
-from lowbit.errors import CheckpointError, UnsupportedError
 
 DEMO = Path(__file__).parents[4] / "src" / "lowbit" / "demo" / "model"
 ROWS = 1400
