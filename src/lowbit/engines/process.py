@@ -44,12 +44,14 @@ class EngineSpec:
     ``command`` with ``{port}`` and ``{host}`` filled in when it starts; ``health`` is polled until it answers 200, then
     ``warmup`` (path and JSON body) is posted once. ``probe`` is asked when requests are under way and nothing came for
     ``hang_timeout``: a path to GET that only a working engine answers, or a path and body to POST. ``nice`` is added to
-    the engine's niceness: the gateway beside it must answer at once, an engine need not.
+    the engine's niceness: the gateway beside it must answer at once, an engine need not. ``headers`` go with every
+    request to it.
     """
 
     name: str
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     health: str = "/health"
     warmup: tuple[str, Mapping[str, Any]] | None = None
@@ -227,7 +229,11 @@ class Supervisor:
         limit = aiohttp.ClientTimeout(total=timeout)
         try:
             async with self._session.request(
-                "GET" if body is None else "POST", self.base_url + path, json=body, timeout=limit
+                "GET" if body is None else "POST",
+                self.base_url + path,
+                json=body,
+                timeout=limit,
+                headers=self.spec.headers,
             ) as response:
                 await response.read()
                 return response.status == 200

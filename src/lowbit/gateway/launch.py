@@ -1,0 +1,233 @@
+"""From the configuration and what was found out about each tier to the policy's data and the engines' commands."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+
+from lowbit.engines.flags import EngineFlags, build_command
+from lowbit.engines.llama_server import KEY_VARIABLE
+from lowbit.engines.presets import ENGINES
+from lowbit.engines.process import EngineSpec
+from lowbit.engines.vllm import check_vllm, speculative_config
+from lowbit.errors import UsageError
+from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
+from lowbit.gateway.policy import ModelPolicy, Policy, TierPolicy
+
+__all__ = ["TierFacts", "TierPlan", "engine_threads", "plan_tiers", "printable", "serving_policy"]
+
+_RESERVED_ABOVE = 4
+"""With more cores than this, one is left to the gateway."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierFacts:
+    """What :mod:`lowbit.gateway.prepare` found out about a tier: the engine that takes it, the file or directory it
+    loads, planned bytes, bits of the weights, KL divergence and relative weight error of its certificate, and the
+    tokens of context that the model was made for.
+    """
+
+    engine: str
+    path: str | None = None
+    memory: int = 0
+    bits: float | None = None
+    kl: float | None = None
+    error: float | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TierPlan:
+    """A tier ready to be served: the policy's data, and how its engine is run (``spec``) or reached (``url``)."""
+
+    policy: TierPolicy
+    facts: TierFacts
+    upstream_model: str
+    context: int | None = None
+    spec: EngineSpec | None = None
+    url: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def engine_threads(config: ServeConfig, cores: int | None = None) -> int:
+    """Threads of one engine: the physical cores, one left to the gateway where there are many, divided among models
+    that run on this machine's processors at once.
+    """
+    if config.threads is not None:
+        return config.threads
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
+    usable = cores or min(allowed, psutil.cpu_count(logical=False) or allowed)
+    usable -= usable > _RESERVED_ABOVE
+    local = sum(any(tier.path for tier in model.tiers) for model in config.models.values())
+    return max(1, usable // max(1, local))
+
+
+def plan_tiers(config: ServeConfig, facts: Mapping[str, TierFacts], logs: Path | None = None) -> dict[str, TierPlan]:
+    """Plans by tier id. Raises :class:`lowbit.errors.UnsupportedError` for settings that an engine cannot take."""
+    threads = engine_threads(config)
+    plans = {}
+    for name, model in config.models.items():
+        for tier in model.tiers:
+            plans[f"{name}@{tier.name}"] = _plan(name, model, tier, facts[f"{name}@{tier.name}"], threads, logs)
+    return plans
+
+
+def serving_policy(config: ServeConfig, plans: Mapping[str, TierPlan], memory_budget: int) -> Policy:
+    """The policy of the whole gateway. Raises :class:`UsageError` where what is pinned does not fit."""
+    models = {
+        name: ModelPolicy(name, tuple(f"{name}@{tier.name}" for tier in model.tiers), model.policy.settings())
+        for name, model in config.models.items()
+    }
+    pinned = sum(plan.policy.memory for plan in plans.values() if plan.policy.pinned)
+    if pinned > memory_budget:
+        raise UsageError(
+            f"pinned tiers need {pinned / 2**30:.2f} GiB of a memory budget of {memory_budget / 2**30:.2f} GiB: "
+            "pin fewer, give them less context or concurrency, or raise --memory"
+        )
+    return Policy({name: plan.policy for name, plan in plans.items()}, models, memory_budget)
+
+
+def printable(plan: TierPlan) -> str:
+    """The command of a tier's engine as a shell would take it."""
+    if plan.spec is None:
+        return f"# runs at {plan.url}"
+    variables = [f"{key}={shlex.quote(value)}" for key, value in plan.spec.env.items() if key != KEY_VARIABLE]
+    return " ".join([*variables, *(part if part == "{port}" else shlex.quote(part) for part in plan.spec.command)])
+
+
+def _plan(
+    name: str, model: ModelConfig, tier: TierConfig, facts: TierFacts, threads: int, logs: Path | None
+) -> TierPlan:
+    tier_id = f"{name}@{tier.name}"
+    policy = TierPolicy(
+        id=tier_id,
+        model=name,
+        name=tier.name,
+        bits=tier.known_bits() or facts.bits or 16.0,
+        memory=0 if tier.url else tier.memory if tier.memory is not None else facts.memory,
+        concurrency=tier.concurrency,
+        kl=tier.kl if tier.kl is not None else facts.kl,
+        pinned=tier.pinned or model.pinned,
+        remote=tier.url is not None,
+    )
+    upstream = tier.upstream_model or (name if tier.url is None else tier.name)
+    context = tier.context or facts.context
+    headers = _bearer(tier.api_key, tier_id)
+    if tier.url is not None:
+        return TierPlan(policy, facts, upstream, context, url=tier.url, headers=headers)
+    log = logs / f"{tier_id.replace('/', '_')}.log" if logs is not None else None
+    spec = _spec(tier_id, model, tier, facts, upstream, threads, log)
+    return TierPlan(policy, facts, upstream, context, spec=spec, headers={**spec.headers, **headers})
+
+
+def _bearer(api_key: str | None, tier_id: str) -> dict[str, str]:
+    if api_key is None:
+        return {}
+    variable = api_key.removeprefix("env:")
+    if variable == api_key:
+        raise UsageError(f"{tier_id}: api_key must be env:NAME, never the key itself")
+    value = os.environ.get(variable)
+    if not value:
+        raise UsageError(f"{tier_id}: api_key env:{variable}: that environment variable is not set")
+    return {"Authorization": f"Bearer {value}"}
+
+
+def _spec(
+    tier_id: str,
+    model: ModelConfig,
+    tier: TierConfig,
+    facts: TierFacts,
+    upstream: str,
+    threads: int,
+    log: Path | None,
+) -> EngineSpec:
+    if tier.command is not None:
+        profile = ENGINES.get(facts.engine)
+        health = profile.health if profile else "/health"
+        return EngineSpec(
+            tier_id,
+            tuple(tier.command),
+            env=tier.env,
+            health=health,
+            ready_timeout=tier.ready_timeout,
+            hang_timeout=tier.hang_timeout,
+            log=log,
+        )
+    if facts.engine == "encoder":
+        return _encoder_spec(tier_id, model, tier, facts, threads, log)
+    profile = ENGINES[facts.engine]
+    given = tier.flags.model_dump(exclude={"extra"})
+    if given["threads"] is None and facts.engine == "llama.cpp":
+        given["threads"] = threads
+    flags = EngineFlags(
+        context=tier.context,
+        concurrency=tier.concurrency,
+        kv_dtype=tier.kv_dtype,
+        extra=(*_extra(facts.engine, model, tier), *tier.flags.extra),
+        **given,
+    )
+    if facts.engine == "vllm":
+        check_vllm(flags)
+        flags = replace(flags, extra=(*flags.extra, *speculative_config(flags)))
+    command, environment = build_command(profile, str(facts.path), upstream, flags, tier.python or sys.executable)
+    headers = {}
+    if facts.engine == "llama.cpp":
+        key = secrets.token_hex(16)
+        environment[KEY_VARIABLE] = key
+        headers = {"Authorization": f"Bearer {key}"}
+    return EngineSpec(
+        tier_id,
+        command,
+        env={**environment, **tier.env},
+        headers=headers,
+        health=profile.health,
+        warmup=_warmup(model, upstream),
+        probe=profile.probe,
+        ready_timeout=tier.ready_timeout,
+        hang_timeout=tier.hang_timeout,
+        log=log,
+    )
+
+
+def _extra(engine: str, model: ModelConfig, tier: TierConfig) -> tuple[str, ...]:
+    """What the kind of model needs on the engine's command line."""
+    if engine == "llama.cpp" and model.kind != "chat":
+        return ("--embedding",) if model.kind == "embedding" else ("--rerank",)
+    return ()
+
+
+def _warmup(model: ModelConfig, upstream: str) -> tuple[str, dict[str, object]]:
+    if model.kind == "embedding":
+        return "/v1/embeddings", {"model": upstream, "input": "warm"}
+    if model.kind == "rerank":
+        return "/v1/rerank", {"model": upstream, "query": "warm", "documents": ["up"]}
+    return "/v1/completions", {"model": upstream, "prompt": "warm up", "max_tokens": 1}
+
+
+def _encoder_spec(
+    tier_id: str, model: ModelConfig, tier: TierConfig, facts: TierFacts, threads: int, log: Path | None
+) -> EngineSpec:
+    """The encoder engine on sentence-transformers, a process of its own."""
+    key = secrets.token_hex(16)
+    command = (
+        *(tier.python or sys.executable, "-m", "lowbit.engines.encoder_server", "--model", str(facts.path)),
+        *("--kind", model.kind, "--port", "{port}", "--threads", str(tier.flags.threads or threads)),
+        *tier.flags.extra,
+    )
+    return EngineSpec(
+        tier_id,
+        command,
+        env={KEY_VARIABLE: key, **tier.env},
+        headers={"Authorization": f"Bearer {key}"},
+        warmup=_warmup(model, tier_id),
+        ready_timeout=tier.ready_timeout,
+        hang_timeout=tier.hang_timeout,
+        log=log,
+    )
