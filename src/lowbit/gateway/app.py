@@ -19,7 +19,7 @@ from lowbit.gateway.metrics import Metrics
 from lowbit.gateway.protocol import PoolProtocol, RefusedError
 from lowbit.gateway.refusal import Refusal
 from lowbit.gateway.relay import Call, Relay
-from lowbit.gateway.routes import openai, status
+from lowbit.gateway.routes import llama_cpp, ollama, openai, status, tgi
 from lowbit.gateway.state import CALL, KEY, REQUEST_ID, STATE, State, request_id
 
 __all__ = ["make_app", "serve"]
@@ -32,7 +32,7 @@ CLIENT_LEFT = 499
 
 _EXTRA: web.RequestKey[dict[str, str]] = web.RequestKey("headers", dict)
 
-_TABLES = (openai.ROUTES, status.ROUTES)
+_TABLES = (openai.ROUTES, ollama.ROUTES, tgi.ROUTES, llama_cpp.ROUTES, status.ROUTES)
 _QUIET = frozenset({"/health", "/ready", "/metrics", "/status"})
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

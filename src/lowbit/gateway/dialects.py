@@ -129,6 +129,9 @@ def counted(answer: Mapping[str, Any]) -> int | None:
 
 
 _CLIENT_FAULTS = {"invalid_request_error", "exceed_context_size_error", "not_supported_error", "BadRequestError"}
+_CANNOT = ("input is not supported", "is not supported by this model")
+"""llama.cpp says so with status 500 of an image for a model without eyes."""
+
 _TOO_LONG = ("context size", "context length", "maximum context", "too many tokens", "longer than the maximum")
 
 
@@ -142,10 +145,13 @@ def engine_error(status: int, answer: object) -> Refusal | None:
     details = error if isinstance(error, Mapping) else {"message": error}
     message = str(details.get("message") or details.get("detail") or f"the engine refused with status {status}")
     kind = details.get("type")
-    if status in (401, 403, 407, 408, 429) or (status >= 500 and kind not in _CLIENT_FAULTS):
-        return None
     if status == 404:
         return Refusal(501, f"the engine has no such route or model: {message}")
+    if status == 501:
+        return Refusal(501, message)
+    ours = kind in _CLIENT_FAULTS or any(words in message for words in _CANNOT)
+    if status in (401, 403, 407, 408, 429) or (status >= 500 and not ours):
+        return None
     if kind == "exceed_context_size_error" or any(words in message for words in _TOO_LONG):
         needed, context = details.get("n_prompt_tokens"), details.get("n_ctx")
         if isinstance(needed, int) and isinstance(context, int):
