@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lowbit.evaluation.fit import FitResult, fit
     from lowbit.evaluation.inspect import Inspection
     from lowbit.evaluation.inspect import inspect_checkpoint as inspect
+    from lowbit.evaluation.recommend import Recommendation, recommend
     from lowbit.evaluation.results import Evaluation
     from lowbit.evaluation.verify import Verification
     from lowbit.evaluation.verify import verify_checkpoint as verify
@@ -52,6 +53,7 @@ __all__ = [
     "LowbitError",
     "NumericsError",
     "QuantizeResult",
+    "Recommendation",
     "ResourceError",
     "UnsupportedError",
     "UsageError",
@@ -63,6 +65,7 @@ __all__ = [
     "fit",
     "inspect",
     "quantize",
+    "recommend",
     "verify",
 ]
 
@@ -77,6 +80,7 @@ _ORIGINS = {
     "LowbitError": ("lowbit.errors", "LowbitError"),
     "NumericsError": ("lowbit.errors", "NumericsError"),
     "QuantizeResult": ("lowbit.pipeline.quantize", "QuantizeResult"),
+    "Recommendation": ("lowbit.evaluation.recommend", "Recommendation"),
     "ResourceError": ("lowbit.errors", "ResourceError"),
     "UnsupportedError": ("lowbit.errors", "UnsupportedError"),
     "UsageError": ("lowbit.errors", "UsageError"),
@@ -87,6 +91,7 @@ _ORIGINS = {
     "fit": ("lowbit.evaluation.fit", "fit"),
     "inspect": ("lowbit.evaluation.inspect", "inspect_checkpoint"),
     "quantize": ("lowbit.evaluation.certify", "quantize"),
+    "recommend": ("lowbit.evaluation.recommend", "recommend"),
     "verify": ("lowbit.evaluation.verify", "verify_checkpoint"),
 }
 

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
-def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+def add_load_arguments(parser: argparse.ArgumentParser, *, with_gpu_memory: bool = True) -> None:
     """Arguments that say what is served on what, shared with ``recommend``."""
     load = parser.add_argument_group("what is served")
     load.add_argument("--context", type=positive, metavar="N", help="tokens of a request (default: 8192)")
@@ -60,12 +60,13 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--revision", help="branch, tag or commit of a hub id")
     devices = parser.add_argument_group("on what")
     devices.add_argument("--gpus", type=int, metavar="N", help="number of GPUs; 0 is the CPU (default: what is here)")
-    devices.add_argument(
-        "--gpu-memory",
-        metavar="SIZE",
-        type=size_of("--gpu-memory"),
-        help="memory of each, e.g. 24GiB (default: measured)",
-    )
+    if with_gpu_memory:
+        devices.add_argument(
+            "--gpu-memory",
+            metavar="SIZE",
+            type=size_of("--gpu-memory"),
+            help="memory of each, e.g. 24GiB (default: measured)",
+        )
     devices.add_argument("--tensor-parallel", type=positive, metavar="N", help="devices that share it (default: all)")
 
 

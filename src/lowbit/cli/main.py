@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lowbit import __version__
-from lowbit.cli import chat, convert, demo, estimate, evaluate, fit, generate, inspect, quantize, verify
+from lowbit.cli import chat, convert, demo, estimate, evaluate, fit, generate, inspect, quantize, recommend, verify
 from lowbit.errors import LowbitError, UsageError
 
 VERBS = {
     "estimate": estimate,
+    "recommend": recommend,
     "quantize": quantize,
     "fit": fit,
     "eval": evaluate,

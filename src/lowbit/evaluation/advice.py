@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lowbit.planning.kv_dtypes import LLAMA_CPP
+from lowbit.planning.kv_dtypes import KV_DTYPES, LLAMA_CPP, VLLM
 from lowbit.planning.serving import GIB, MEMORY, Load, Memory, Served, shared_memory, shm_advice
 
 _LLAMA_NAMES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
@@ -93,6 +93,9 @@ def _smaller(engine: str, served: Served, load: Load, budget: int) -> tuple[str,
     ways = []
     if load.concurrency > 1 and formula(served, replace(load, concurrency=1)).total <= budget:
         ways.append("fewer requests at a time: one fits")
+    smaller = KV_DTYPES["fp8" if engine == VLLM else "q8_0"]
+    if load.kv.bits > 9 and formula(served, replace(load, kv=smaller)).total <= budget:
+        ways.append(f"--kv-dtype {smaller.name}: half the cache, and it fits")
     if load.context > 2048 and formula(served, replace(load, context=2048)).total <= budget:
         ways.append("a shorter context: 2048 tokens fit")
     if load.devices == 1 and load.gpu:

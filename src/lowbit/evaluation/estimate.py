@@ -69,6 +69,39 @@ def estimate(
     """
     _check(engine, concurrency, gpus, gpu_memory, context, batch_tokens)
     opened = open_header_model(model, revision=revision, like=like)
+    return estimate_model(
+        opened,
+        schemes=schemes,
+        format=format,
+        context=context,
+        concurrency=concurrency,
+        kv_dtype=kv_dtype,
+        engine=engine,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        tensor_parallel=tensor_parallel,
+        batch_tokens=batch_tokens,
+        hardware=hardware,
+    )
+
+
+def estimate_model(
+    opened: HeaderModel,
+    *,
+    schemes: Sequence[str] = (),
+    format: str = "compressed-tensors",
+    context: int | None = None,
+    concurrency: int = 1,
+    kv_dtype: str = "auto",
+    engine: str = VLLM,
+    gpus: int | None = None,
+    gpu_memory: int | None = None,
+    tensor_parallel: int | None = None,
+    batch_tokens: int | None = None,
+    hardware: Hardware | None = None,
+) -> Estimate:
+    """:func:`estimate` of a model that is open already."""
+    _check(engine, concurrency, gpus, gpu_memory, context, batch_tokens)
     hardware = hardware or probe()
     devices = _devices(hardware, gpus, gpu_memory)
     degree = tensor_parallel or (devices.count if engine == VLLM and devices.gpu else 1)
@@ -80,7 +113,7 @@ def estimate(
     variants = [make_variant(opened, scheme, format) for scheme in wanted]
     asked = _Asked(opened, engine, load, devices, hardware)
     return Estimate(
-        model=str(model),
+        model=opened.name,
         architecture=opened.description.architecture or opened.description.model_type,
         parameters=opened.parameters,
         active_parameters=opened.active_parameters,
