@@ -18,6 +18,7 @@ from lowbit.codecs.gguf.metadata import MetadataValue, Typed
 from lowbit.codecs.gguf.sentencepiece import sentencepiece_metadata
 from lowbit.codecs.gguf.special_tokens import special_token_metadata
 from lowbit.codecs.gguf.token_table import Source, open_source
+from lowbit.codecs.gguf.wordpiece import wordpiece_metadata
 from lowbit.errors import UnsupportedError
 
 __all__ = ["Vocabulary", "read_vocabulary", "vocabulary_metadata"]
@@ -57,6 +58,8 @@ def _convert(source: Source) -> Callable[[Source, int], tuple[dict[str, Metadata
         return byte_level_metadata
     if kind == "BPE" and source.model.get("byte_fallback"):
         return sentencepiece_metadata
+    if kind == "WordPiece":
+        return wordpiece_metadata
     raise UnsupportedError(
         f"{source.where}: a {kind} tokenizer without byte level or byte fallback has no counterpart in llama.cpp"
     )
