@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowbit.codecs.conversion import ConversionResult
-    from lowbit.codecs.conversion import convert_checkpoint as convert
     from lowbit.errors import (
         CalibrationError,
         CheckpointError,
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
     from lowbit.evaluation.results import Evaluation
     from lowbit.evaluation.verify import Verification
     from lowbit.evaluation.verify import verify_checkpoint as verify
+    from lowbit.pipeline.gguf_convert import convert
+    from lowbit.pipeline.imatrix import ImatrixResult, imatrix
     from lowbit.pipeline.quantize import QuantizeResult
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "FitResult",
+    "ImatrixResult",
     "Inspection",
     "LowbitError",
     "NumericsError",
@@ -63,6 +65,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "fit",
+    "imatrix",
     "inspect",
     "quantize",
     "recommend",
@@ -76,6 +79,7 @@ _ORIGINS = {
     "Estimate": ("lowbit.evaluation.estimate_results", "Estimate"),
     "Evaluation": ("lowbit.evaluation.results", "Evaluation"),
     "FitResult": ("lowbit.evaluation.fit", "FitResult"),
+    "ImatrixResult": ("lowbit.pipeline.imatrix", "ImatrixResult"),
     "Inspection": ("lowbit.evaluation.inspect", "Inspection"),
     "LowbitError": ("lowbit.errors", "LowbitError"),
     "NumericsError": ("lowbit.errors", "NumericsError"),
@@ -85,10 +89,11 @@ _ORIGINS = {
     "UnsupportedError": ("lowbit.errors", "UnsupportedError"),
     "UsageError": ("lowbit.errors", "UsageError"),
     "Verification": ("lowbit.evaluation.verify", "Verification"),
-    "convert": ("lowbit.codecs.conversion", "convert_checkpoint"),
+    "convert": ("lowbit.pipeline.gguf_convert", "convert"),
     "estimate": ("lowbit.evaluation.estimate", "estimate"),
     "evaluate": ("lowbit.evaluation.evaluate", "evaluate"),
     "fit": ("lowbit.evaluation.fit", "fit"),
+    "imatrix": ("lowbit.pipeline.imatrix", "imatrix"),
     "inspect": ("lowbit.evaluation.inspect", "inspect_checkpoint"),
     "quantize": ("lowbit.evaluation.certify", "quantize"),
     "recommend": ("lowbit.evaluation.recommend", "recommend"),

@@ -10,7 +10,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lowbit import __version__
-from lowbit.cli import chat, convert, demo, estimate, evaluate, fit, generate, inspect, quantize, recommend, verify
+from lowbit.cli import (
+    chat,
+    convert,
+    demo,
+    estimate,
+    evaluate,
+    fit,
+    generate,
+    imatrix,
+    inspect,
+    quantize,
+    recommend,
+    verify,
+)
 from lowbit.errors import LowbitError, UsageError
 
 VERBS = {
@@ -21,6 +34,7 @@ VERBS = {
     "eval": evaluate,
     "inspect": inspect,
     "convert": convert,
+    "imatrix": imatrix,
     "verify": verify,
     "generate": generate,
     "chat": chat,

@@ -81,6 +81,27 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def split_size(text: str) -> int:
+    """The bytes of ``--split-size``, at least a million."""
+    size = parse_bytes(text, "--split-size")
+    if size < 1_000_000:
+        raise UsageError(f"--split-size {text!r} makes too many files: write e.g. 4GB")
+    return size
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """``--calibration``, ``--samples``, ``--seq-len`` and ``--seed``."""
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE|NAME|self",
+        help="text, JSONL, JSON or parquet; general, code, medical, legal or chinese; a hub data set; or text sampled "
+        "from the model itself",
+    )
+    parser.add_argument("--samples", type=positive, default=128, metavar="N", help="sequences (default: 128)")
+    parser.add_argument("--seq-len", type=positive, default=2048, metavar="N", help="tokens in each (default: 2048)")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the choice of text (default: 42)")
+
+
 def add_compute_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """``--device`` and ``--memory``."""
     parser.add_argument(

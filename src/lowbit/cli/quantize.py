@@ -9,9 +9,10 @@ from lowbit.cli.options import (
     FORMATS,
     METHODS,
     SOURCE_HELP,
+    add_calibration_arguments,
     add_compute_arguments,
     add_trust_arguments,
-    positive,
+    split_size,
 )
 from lowbit.cli.output import human_bytes, human_seconds, plain, print_fields, write_json
 from lowbit.cli.progress import create_progress
@@ -19,23 +20,29 @@ from lowbit.cli.progress import create_progress
 if TYPE_CHECKING:
     from lowbit.pipeline.quantize import QuantizeResult
 
-HELP = "quantize a checkpoint, block by block, in bounded memory"
+HELP = "quantize a checkpoint, block by block, in bounded memory; to a GGUF file if OUT ends in .gguf"
 EXAMPLES = """\
   lowbit quantize demo demo-int4 --method gptq
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-W4A16 --calibration chats.jsonl --memory 6GiB
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-awq --method awq --format awq --asym
   lowbit quantize ./Qwen3-8B ./out --bits 8 --group-size -1 --skip '.*down_proj' --target vllm==0.32
+  lowbit quantize ./Qwen3-8B Qwen3-8B-Q4_K_M.gguf --scheme Q4_K_M --imatrix auto --calibration chats.jsonl
+  lowbit quantize ./Qwen3-8B Qwen3-8B.gguf --scheme IQ3_XS --imatrix model.imatrix.gguf --type ffn_down=Q4_K
   lowbit quantize ./Qwen3-8B ./out --resume          # go on after a crash or a kill"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    parser.add_argument("out", metavar="OUT", help="directory to write; it appears when it is complete")
+    parser.add_argument("out", metavar="OUT", help="directory or .gguf file to write; it appears when complete")
     what = parser.add_argument_group("what to write")
-    what.add_argument("--scheme", help="W4A16 (default), W4A16_ASYM, W8A16 … or a number format such as int4-g128-sym")
+    what.add_argument(
+        "--scheme",
+        help="W4A16 (default), W4A16_ASYM, W8A16 … or a number format such as int4-g128-sym; for a GGUF file Q4_K_M "
+        "(default), Q6_K, IQ3_XS …",
+    )
     what.add_argument("--method", choices=METHODS, help="how weights are rounded (default: gptq)")
-    what.add_argument("--format", choices=FORMATS, help="how they are stored (default: compressed-tensors)")
+    what.add_argument("--format", choices=(*FORMATS, "gguf"), help="how they are stored (default: compressed-tensors)")
     what.add_argument("--bits", type=int, metavar="N", help="2 to 8, overrides the scheme")
     what.add_argument(
         "--group-size", type=int, metavar="N", help="columns that share a scale: 32, 64, 128 …; -1 a row, 0 the matrix"
@@ -51,16 +58,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip", metavar="REGEX", action="append", default=[], help="leave modules that match dense; may be repeated"
     )
     what.add_argument("--target", metavar="ENGINE", help="engine that must load the result, e.g. vllm==0.32")
-    data = parser.add_argument_group("calibration")
-    data.add_argument(
-        "--calibration",
-        metavar="FILE|NAME|self",
-        help="text, JSONL, JSON or parquet; general, code, medical, legal or chinese; a hub data set; or text sampled "
-        "from the model itself",
+    blocks = parser.add_argument_group("GGUF files")
+    blocks.add_argument(
+        "--imatrix",
+        metavar="FILE|auto",
+        help="importance of each input column: a file of lowbit imatrix or llama.cpp, or collected first (auto)",
     )
-    data.add_argument("--samples", type=positive, default=128, metavar="N", help="sequences (default: 128)")
-    data.add_argument("--seq-len", type=positive, default=2048, metavar="N", help="tokens in each (default: 2048)")
-    data.add_argument("--seed", type=int, default=42, metavar="N", help="of the choice of text (default: 42)")
+    blocks.add_argument(
+        "--type",
+        dest="types",
+        metavar="REGEX=TYPE",
+        action="append",
+        default=[],
+        help="type of the tensors whose GGUF name matches, e.g. 'ffn_down=Q6_K'; may be repeated, the first counts",
+    )
+    blocks.add_argument("--pure", action="store_true", help="one type for all matrices, no mix")
+    blocks.add_argument(
+        "--split-size",
+        dest="split_bytes",
+        metavar="SIZE",
+        type=split_size,
+        help="largest file, e.g. 4GB; more if needed",
+    )
+    data = parser.add_argument_group("calibration")
+    add_calibration_arguments(data)
     data.add_argument(
         "--certify-tokens",
         type=int,
@@ -100,6 +121,10 @@ def run(arguments: argparse.Namespace) -> int:
             seq_len=arguments.seq_len,
             seed=arguments.seed,
             certify_tokens=arguments.certify_tokens,
+            imatrix=arguments.imatrix,
+            types=arguments.types,
+            pure=arguments.pure,
+            split_bytes=arguments.split_bytes,
             recipe=arguments.recipe,
             skip=arguments.skip,
             device=arguments.device,

@@ -20,7 +20,7 @@ import torch
 from lowbit.checkpoint import Checkpoint
 from lowbit.codecs import StoredModule, read_quantized
 from lowbit.codecs.gguf.architectures import ExportTensor, load_tensor
-from lowbit.errors import NumericsError
+from lowbit.errors import NumericsError, UnsupportedError
 from lowbit.formats import QuantizedTensor
 from lowbit.formats.ggml import BlockTensor, GgmlType
 from lowbit.formats.ggml.grids import Rounding, from_integer
@@ -199,8 +199,9 @@ def _encode(slices: Iterator[_Slice]) -> Iterator[tuple[Task, npt.NDArray[np.uin
                 last, tally = part.task, Tally()
             try:
                 blocks = _blocks(part, tally)
-            except NumericsError as error:
-                raise NumericsError(f"{', '.join(part.task.tensor.sources[:1])}: {error}") from error
+            except (NumericsError, UnsupportedError) as error:
+                names = part.task.tensor.sources or (part.task.tensor.name,)
+                raise type(error)(f"{names[part.matrix]}: {error}") from error
             yield part.task, blocks, tally
 
 
