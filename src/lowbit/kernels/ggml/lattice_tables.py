@@ -24,24 +24,23 @@ class Lattice:
     with the first coordinate as the lowest digit.
 
     ``levels``      float32 ``[levels]``, ascending
-    ``left``        uint8 ``[points]``, ``right`` the same: the patterns of the halves of each point
-    ``order``       uint16 ``[points]``: the points sorted by left pattern
-    ``start``       int32 ``[patterns + 1]``: where each left pattern begins in ``order``
-    ``neighbours``  uint16 ``[patterns ** 2, NEIGHBOURS]``: for every combination of halves the nearest points
+    ``halves``      float32 ``[width / 2, patterns]``: the coordinates of every pattern
+    ``points``      uint32 ``[points]``: every point (see below), by number
+    ``order``       the same, sorted by left pattern
+    ``start``       int64 ``[patterns + 1]``: where each left pattern begins in ``order``
+    ``neighbours``  uint32 ``[patterns ** 2 * NEIGHBOURS]``: for every combination of halves the nearest points, nearest
+                    first; the combination is the left pattern plus ``patterns`` times the right one
+
+    A point is its number, plus the pattern of its left half times 2**16, plus that of its right half times 2**24.
     """
 
     width: int
     levels: npt.NDArray[np.float32]
-    left: npt.NDArray[np.uint8]
-    right: npt.NDArray[np.uint8]
-    order: npt.NDArray[np.uint16]
-    start: npt.NDArray[np.int32]
-    neighbours: npt.NDArray[np.uint16]
-
-    @property
-    def patterns(self) -> int:
-        """How many patterns a half can have."""
-        return int(len(self.levels) ** (self.width // 2))
+    halves: npt.NDArray[np.float32]
+    points: npt.NDArray[np.uint32]
+    order: npt.NDArray[np.uint32]
+    start: npt.NDArray[np.int64]
+    neighbours: npt.NDArray[np.uint32]
 
 
 @cache
@@ -55,25 +54,29 @@ def lattice(name: str) -> Lattice:
     place = len(levels) ** np.arange(half)
     left, right = digits[:, :half] @ place, digits[:, half:] @ place
     patterns = len(levels) ** half
+    packed = (np.arange(len(points)) | left << 16 | right << 24).astype(np.uint32)
     order = np.argsort(left, kind="stable")
-    start = np.searchsorted(left[order], np.arange(patterns + 1))
     return Lattice(
         width=width,
         levels=levels,
-        left=left.astype(np.uint8),
-        right=right.astype(np.uint8),
-        order=order.astype(np.uint16),
-        start=start.astype(np.int32),
-        neighbours=_nearest(points, levels),
+        halves=np.ascontiguousarray(_patterns(levels, half).T),
+        points=packed,
+        order=packed[order],
+        start=np.searchsorted(left[order], np.arange(patterns + 1)).astype(np.int64),
+        neighbours=packed[_nearest(points, levels)].ravel(),
     )
+
+
+def _patterns(levels: npt.NDArray[np.float32], half: int) -> npt.NDArray[np.float32]:
+    """``[patterns, half]``: the coordinates of every pattern of a half."""
+    count = len(levels)
+    return levels[np.arange(count**half)[:, None] // count ** np.arange(half) % count]
 
 
 def _nearest(points: npt.NDArray[np.float32], levels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """The nearest points of every cell; ties go to the lower number, so that the table is the same everywhere."""
-    count, width = len(levels), points.shape[1]
-    half = count ** (width // 2)
-    digits = np.arange(half)[:, None] // count ** np.arange(width // 2) % count
-    values = levels[digits]
+    values = _patterns(levels, points.shape[1] // 2)
+    half = len(values)
     lengths = np.einsum("ij,ij->i", points, points)
     nearest = np.empty((half * half, NEIGHBOURS), np.uint16)
     number = np.arange(len(points), dtype=np.int64)
