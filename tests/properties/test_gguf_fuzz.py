@@ -39,6 +39,10 @@ METADATA: dict[str, MetadataValue] = {
     "llama.attention.layer_norm_rms_epsilon": 1e-5,
     "llama.rope.freq_base": 10000.0,
     "llama.rope.dimension_count": 16,
+    "llama.rope.scaling.type": "yarn",
+    "llama.rope.scaling.factor": 2.0,
+    "llama.rope.scaling.original_context_length": 64,
+    "llama.rope.scaling.attn_factor": 1.0,
     "tokenizer.ggml.tokens": [f"token{i}" for i in range(VOCABULARY)],
     "tokenizer.ggml.scores": [float(i) for i in range(VOCABULARY)],
     "tokenizer.ggml.token_type": [1] * VOCABULARY,
@@ -64,7 +68,6 @@ def model_file(path: Path, **changes: MetadataValue) -> bytes:
         "blk.0.ffn_gate.weight": (q8, (FFN, WIDTH)),
         "blk.0.ffn_up.weight": (q8, (FFN, WIDTH)),
         "blk.0.ffn_down.weight": (q8, (WIDTH, FFN)),
-        "rope_freqs.weight": (float32, (8,)),
     }
     metadata = METADATA | changes
     headers = [TensorHeader(name, kind, shape) for name, (kind, shape) in shapes.items()]
@@ -96,7 +99,7 @@ def attempt(path: Path, data: bytes) -> bool:
 
 
 def header_length(data: bytes) -> int:
-    return data.index(b"rope_freqs.weight") + 64
+    return data.index(b"blk.0.ffn_down.weight") + 64
 
 
 def flip(rng: random.Random, data: bytearray, end: int) -> None:
@@ -134,7 +137,10 @@ MUTATIONS: list[Callable[[random.Random, bytearray, int], None]] = [flip, splice
 
 
 def test_the_undamaged_file_is_read(model: bytes, tmp_path: Path) -> None:
-    assert attempt(tmp_path / "model.gguf", model)
+    path = tmp_path / "model.gguf"
+    assert attempt(path, model)
+    checkpoint = GgufCheckpoint(read_gguf(path))
+    assert len(checkpoint.tensors) == len(checkpoint.gguf.tensors)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda item: item.__name__)

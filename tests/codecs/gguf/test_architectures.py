@@ -162,7 +162,7 @@ def test_what_llama_cpp_computes_differently_is_refused(
 
 
 def test_an_unknown_family_is_refused(checkpoint_of: Callable[[str], Path]) -> None:
-    with pytest.raises(UnsupportedError, match="'opt' models cannot be made: lowbit writes.*xlm-roberta"):
+    with pytest.raises(UnsupportedError, match=r"'opt' models cannot be made: lowbit writes.*xlm-roberta"):
         export_plan(open_checkpoint(checkpoint_of("opt")))
 
 

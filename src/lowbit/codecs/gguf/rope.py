@@ -93,6 +93,11 @@ def _magnitude(factor: float, scale: float = 1.0) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def _long_magnitude(factor: float, original: int) -> float:
+    """How much LongRoPE scales rotated features where the model does not say."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
+
+
 def _llama3_factors(parameters: Mapping[str, Any], base: float, rotated: int) -> torch.Tensor:
     """What Llama 3.1 divides each frequency by, float32 ``[rotated / 2]``: 1 for short waves, ``factor`` for long."""
     context = float(parameters.get("original_max_position_embeddings", _LLAMA3_CONTEXT))
@@ -114,7 +119,7 @@ def _longrope(config: Mapping[str, Any], parameters: Mapping[str, Any], found: R
     factor = float(parameters.get("factor") or context / original)
     scale = parameters.get("attention_factor")
     if scale is None:
-        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        scale = _long_magnitude(factor, original)
     found.metadata["rope.scaling.type"] = "longrope"
     found.metadata["rope.scaling.original_context_length"] = int(original)
     found.metadata["rope.scaling.attn_factor"] = float(scale)
@@ -137,10 +142,14 @@ def rope_from_metadata(
     full: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     factor = _number(metadata, "rope.scaling.factor", 0.0)
     original = int(_number(metadata, "rope.scaling.original_context_length", context))
+    if original < 1:
+        raise CheckpointError("metadata rope.scaling.original_context_length must be positive")
     scale = _number(metadata, "rope.scaling.attn_factor", 1.0)
     kind = metadata.get("rope.scaling.type", "linear")
     if "rope_factors_long.weight" in tensors and "rope_factors_short.weight" in tensors:
-        full |= {"rope_type": "longrope", "original_max_position_embeddings": original, "attention_factor": scale}
+        full |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+        if not math.isclose(scale, _long_magnitude(context / original, original), rel_tol=1e-6):
+            full["attention_factor"] = scale
         for name in ("long", "short"):
             full[f"{name}_factor"] = [shortest(v) for v in tensors[f"rope_factors_{name}.weight"].tolist()]
         full["factor"] = context / original
@@ -160,8 +169,8 @@ def rope_from_metadata(
 
 def _number(metadata: Mapping[str, Value], key: str, default: float) -> float:
     value = metadata.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(f"metadata {key} must be a number, not {value!r:.80}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31:
+        raise CheckpointError(f"metadata {key} must be a number from 0, not {value!r:.80}")
     return shortest(value)
 
 
