@@ -22,6 +22,7 @@ from lowbit.cli import (
     inspect,
     quantize,
     recommend,
+    serve,
     verify,
 )
 from lowbit.errors import LowbitError, UsageError
@@ -38,6 +39,7 @@ VERBS = {
     "verify": verify,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "demo": demo,
 }
 """Verb to the module with its ``HELP``, ``EXAMPLES``, ``add_arguments`` and ``run``."""

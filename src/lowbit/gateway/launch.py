@@ -123,7 +123,7 @@ def _plan(
     if tier.url is not None:
         return TierPlan(policy, facts, upstream, context, url=tier.url, headers=headers)
     log = logs / f"{tier_id.replace('/', '_')}.log" if logs is not None else None
-    spec = _spec(tier_id, model, tier, facts, upstream, threads, log)
+    spec = _spec(tier_id, model, tier, facts, upstream, context, threads, log)
     return TierPlan(policy, facts, upstream, context, spec=spec, headers={**spec.headers, **headers})
 
 
@@ -145,6 +145,7 @@ def _spec(
     tier: TierConfig,
     facts: TierFacts,
     upstream: str,
+    context: int | None,
     threads: int,
     log: Path | None,
 ) -> EngineSpec:
@@ -167,7 +168,7 @@ def _spec(
     if given["threads"] is None and facts.engine == "llama.cpp":
         given["threads"] = threads
     flags = EngineFlags(
-        context=tier.context,
+        context=context if facts.engine == "llama.cpp" else tier.context,
         concurrency=tier.concurrency,
         kv_dtype=tier.kv_dtype,
         extra=(*_extra(facts.engine, model, tier), *tier.flags.extra),

@@ -1,0 +1,243 @@
+"""Makes every tier ready to be loaded and finds out what the policy must know of it, in a process of its own.
+
+``python -m lowbit.gateway.prepare`` reads a configuration from standard input and writes facts to standard output, as
+JSON; progress goes to standard error. The gateway itself never imports torch: it stays small, starts at once, and a
+conversion that runs out of memory does not take it along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import LowbitError, UsageError
+from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
+from lowbit.gateway.launch import TierFacts
+
+__all__ = ["Prepared", "cache_directory", "find_facts", "prepare"]
+
+_SCHEMES = {"int4": "Q4_K_M", "int5": "Q5_K_M", "int6": "Q6_K", "int8": "Q8_0", "fp16": "F16", "bf16": "BF16"}
+_DEFAULT_CONTEXT = 8192
+"""Tokens of each request where nobody says otherwise and the model was made for as many."""
+_PROCESS = 96 * 1024**2
+"""What an engine's process holds beside the model: interpreter and libraries."""
+_ENCODER_PROCESS = 600 * 1024**2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepared:
+    """Facts by tier id, and the bytes of memory that are free on this machine."""
+
+    facts: dict[str, TierFacts]
+    available: int
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: ``LOWBIT_CACHE``, or ``lowbit`` in the user's cache directory."""
+    base = os.environ.get("LOWBIT_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
+
+
+async def prepare(config: ServeConfig, *, quiet: bool = False) -> Prepared:
+    """Run this module as a process; its progress appears on standard error unless ``quiet``.
+
+    Raises the :class:`LowbitError` that the process met. Cancelling ends it.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "lowbit.gateway.prepare", *(["--quiet"] if quiet else [])),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        output, _ = await process.communicate(config.model_dump_json().encode())
+    except asyncio.CancelledError:
+        process.terminate()
+        await process.wait()
+        raise
+    try:
+        answer = json.loads(output)
+    except ValueError:
+        raise UsageError(
+            f"preparing the models ended with status {process.returncode}: out of memory? Try a smaller model first"
+        ) from None
+    if "error" in answer:
+        raise UsageError(answer["error"])
+    facts = {name: TierFacts(**values) for name, values in answer["facts"].items()}
+    return Prepared(facts, answer["available"])
+
+
+def find_facts(config: ServeConfig, say: Callable[[str], None]) -> Prepared:
+    """Do it: convert and quantize what has to be, read headers and manifests, plan memory."""
+    from lowbit.planning.hardware import probe
+
+    hardware = probe()
+    facts = {}
+    for name, model in config.models.items():
+        for tier in model.tiers:
+            tier_id = f"{name}@{tier.name}"
+            try:
+                facts[tier_id] = _facts(model, tier, bool(hardware.gpus), partial(_say_of, say, tier_id))
+            except LowbitError as error:
+                raise UsageError(f"{tier_id}: {error}") from error
+    return Prepared(facts, hardware.available)
+
+
+def _say_of(say: Callable[[str], None], tier_id: str, text: str) -> None:
+    say(f"{tier_id}: {text}")
+
+
+def _facts(model: ModelConfig, tier: TierConfig, gpu: bool, say: Callable[[str], None]) -> TierFacts:
+    if tier.path is None:
+        return TierFacts("openai" if tier.engine == "auto" else tier.engine, kl=tier.kl, bits=tier.known_bits())
+    from lowbit.checkpoint.location import locate
+
+    path = Path(tier.path).expanduser() if tier.path.endswith(".gguf") else locate(tier.path)
+    engine = _engine(model, tier, path, gpu)
+    if engine == "encoder":
+        weights = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+        return TierFacts(engine, str(path), 2 * weights + _ENCODER_PROCESS, 32.0)
+    source = path
+    if engine == "llama.cpp" and (path.suffix != ".gguf" or tier.quantize):
+        path = _gguf(tier, path, say)
+    elif tier.quantize:
+        path = _quantized_directory(tier, path, say)
+    return _describe(engine, tier, source, path)
+
+
+def _engine(model: ModelConfig, tier: TierConfig, path: Path, gpu: bool) -> str:
+    """The engine for a checkpoint: as told, or by what it is and what is installed here."""
+    if tier.engine != "auto":
+        return tier.engine
+    if path.suffix == ".gguf":
+        return "llama.cpp"
+    if model.kind != "chat" and importlib.util.find_spec("sentence_transformers") is not None:
+        return "encoder"
+    if tier.python is not None or (gpu and importlib.util.find_spec("vllm") is not None):
+        return "vllm"
+    return "llama.cpp"
+
+
+def _gguf(tier: TierConfig, source: Path, say: Callable[[str], None]) -> Path:
+    """A GGUF file of the checkpoint: exact where nothing else is asked for, made once, kept by the source's content."""
+    import lowbit
+
+    scheme = _SCHEMES.get(tier.quantize.lower(), tier.quantize) if tier.quantize else _exact_scheme(source)
+    out = _cached(source, f"{scheme}.gguf", say)
+    if not out.exists():
+        say(f"writing it as GGUF {scheme} once, to {out}")
+        lowbit.quantize(str(source), str(out), scheme=scheme)
+    return out
+
+
+def _exact_scheme(source: Path) -> str:
+    """The GGUF type that holds the checkpoint's own values."""
+    from lowbit.codecs import open_model
+
+    with open_model(source) as checkpoint:
+        dtypes = {info.dtype for info in checkpoint.tensors.values()}
+    names = {str(dtype).rpartition(".")[2].lower() for dtype in dtypes}
+    if names & {"float32", "f32"}:
+        return "F32"
+    return "BF16" if names & {"bfloat16", "bf16"} and not names & {"float16", "f16"} else "F16"
+
+
+def _quantized_directory(tier: TierConfig, source: Path, say: Callable[[str], None]) -> Path:
+    import lowbit
+
+    scheme = {"int4": "W4A16", "int8": "W8A16"}.get(str(tier.quantize), str(tier.quantize))
+    out = _cached(source, scheme, say)
+    if not out.exists():
+        say(f"quantizing it to {scheme} once, to {out}")
+        lowbit.quantize(str(source), str(out), scheme=scheme)
+    return out
+
+
+def _cached(source: Path, name: str, say: Callable[[str], None]) -> Path:
+    """Where the result for ``source`` is kept, by the hash of its content."""
+    say("reading it to see whether it has been converted before")
+    directory = cache_directory() / "served" / _content_hash(source)[:32]
+    directory.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", source.name) or "model"
+    return directory / f"{stem}-{name}"
+
+
+def _content_hash(source: Path) -> str:
+    """sha256 over names and contents of the checkpoint's files."""
+    from lowbit.checkpoint.files import hash_file
+
+    files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        if path.suffix in (".md", ".txt") or path.name == ".gitattributes":
+            continue
+        digest.update(f"{path.name}\0{hash_file(path).sha256}\0".encode())
+    return digest.hexdigest()
+
+
+def _describe(engine: str, tier: TierConfig, source: Path, path: Path) -> TierFacts:
+    """Memory by the planner, quality by the certificate, context by the model."""
+    from lowbit.checkpoint.manifest import read_manifest
+    from lowbit.evaluation.estimate import estimate
+
+    manifest = read_manifest(path)
+    quality = (manifest.quality or {}) if manifest is not None else {}
+    kl = quality.get("kl_divergence")
+    if kl is None and path != source and tier.quantize is None:
+        kl = 0.0  # the very values of the source
+    planner = engine if engine in ("vllm", "llama.cpp") else "vllm"
+    first = estimate(str(path), engine=planner, context=tier.context, concurrency=tier.concurrency, gpus=0)
+    context = tier.context or (min(first.max_context or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT))
+    if first.context != context:
+        first = estimate(str(path), engine=planner, context=context, concurrency=tier.concurrency, gpus=0)
+    precision = first.precisions[0]
+    return TierFacts(
+        engine,
+        str(path),
+        sum(precision.parts.values()) + precision.host + _PROCESS,
+        precision.bits,
+        kl,
+        _weight_error(manifest.modules if manifest is not None else {}),
+        context if engine == "llama.cpp" else tier.context or first.max_context,
+    )
+
+
+def _weight_error(modules: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The mean relative error of the quantized modules, by their weights."""
+    measured = [module for module in modules.values() if "weight_error" in module]
+    pairs = [(float(module["weight_error"]), int(module.get("weights", 1))) for module in measured]
+    total = sum(count for _, count in pairs)
+    return sum(error * count for error, count in pairs) / total if total else None
+
+
+def main(arguments: list[str]) -> int:
+    """Read the configuration, write the facts."""
+    quiet = "--quiet" in arguments
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed goes to standard error
+    say: Callable[[str], None] = (lambda text: None) if quiet else lambda text: print(text, file=sys.stderr, flush=True)
+    try:
+        config = ServeConfig.model_validate_json(sys.stdin.read())
+        found = find_facts(config, say)
+    except LowbitError as error:
+        json.dump({"error": str(error)}, answers)
+        answers.close()
+        return 2
+    json.dump(dataclasses.asdict(found), answers)
+    answers.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
