@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowbit.errors import NumericsError, UsageError
-from lowbit.formats.ggml import BlockTensor, GgmlType, finite_scales
+from lowbit.formats.ggml import GgmlType, finite_scales
 from lowbit.kernels.threads import over_rows
 
 __all__ = ["prepare_importance", "quantize_rows"]
@@ -87,6 +87,4 @@ def _require_finite(part: npt.NDArray[np.float32], first: int) -> None:
 def _refuse(blocks: npt.NDArray[np.uint8], kind: GgmlType, first: int) -> None:
     for row, block in enumerate(blocks):
         if not finite_scales(block[None], kind):
-            raise NumericsError(
-                f"row {first + row} holds weights too large for the float16 scales of {kind}: keep the tensor in BF16 or F32"
-            )
+            raise NumericsError(f"row {first + row} holds weights too large for {kind}: keep the tensor in BF16 or F32")

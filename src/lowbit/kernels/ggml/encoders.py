@@ -1,9 +1,9 @@
 """The encoder of every type: how wide each search is and how its result is packed.
 
 An encoder takes some rows, ``weight`` float32 ``[rows, columns]``, finite and contiguous, and the importance of their
-columns as :func:`lowbit.kernels.ggml.prepare_importance` returns it, or None; it returns uint8 ``[rows, row_bytes]``. It
-works on one thread: :func:`lowbit.kernels.ggml.quantize_rows` calls it for parts of a matrix on several threads at once.
-A scale beyond float16 is stored as infinity, which the caller refuses.
+columns as :func:`lowbit.kernels.ggml.prepare_importance` returns it, or None; it returns uint8 ``[rows, row_bytes]``.
+It works on one thread: :func:`lowbit.kernels.ggml.quantize_rows` calls it for parts of a matrix on several threads at
+once. A scale beyond float16 is stored as infinity, which the caller refuses.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ ENCODERS: dict[str, Callable[[Floats, Floats | None], Bytes]] = {
     "Q5_1": legacy.q5_1,
     "Q8_0": legacy.q8_0,
     "IQ4_NL": legacy.iq4_nl,
+    "MXFP4": floats.mxfp4,
+    "NVFP4": floats.nvfp4,
     "TQ1_0": legacy.tq1_0,
     "TQ2_0": legacy.tq2_0,
     "Q2_K": super_blocks.q2_k,

@@ -1,9 +1,18 @@
-"""Encoding in the float types of ggml: rounding to nearest, ties to even."""
+"""Encoding in the float types of ggml (rounding to nearest, ties to even) and in its 4-bit floats, MXFP4 and NVFP4.
+
+Signatures and rules are those of :mod:`lowbit.kernels.ggml.encoders`.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+
+from lowbit.formats.ggml.codebooks import fp4_values
+from lowbit.formats.ggml.decode_legacy import e4m3_halves, e8m0_halves
+from lowbit.kernels.ggml import packing
+from lowbit.kernels.ggml.blocks import in_blocks, level_table
+from lowbit.kernels.ggml.listed import solve_listed
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -24,3 +33,28 @@ def bf16(weight: Floats, importance: Floats | None) -> Bytes:
     bits = weight.view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
     return rounded.astype(np.uint16).view(np.uint8)
+
+
+def mxfp4(weight: Floats, importance: Floats | None) -> Bytes:
+    """Power-of-two scale E8M0, codes E2M1."""
+    codes, chosen = _four_bit_floats(weight, importance, (32, 32), e8m0_halves()[:255], (2, 1))
+    return packing.as_rows(weight, chosen, packing.join_nibbles(codes, 16))
+
+
+def nvfp4(weight: Floats, importance: Floats | None) -> Bytes:
+    """Four scales E4M3, four runs of codes E2M1."""
+    codes, chosen = _four_bit_floats(weight, importance, (64, 16), e4m3_halves()[:127], (8, 6))
+    return packing.as_rows(weight, chosen, packing.join_nibbles(codes, 8))
+
+
+def _four_bit_floats(
+    weight: Floats, importance: Floats | None, sizes: tuple[int, int], scales: Floats, reach: tuple[int, int]
+) -> tuple[Bytes, Bytes]:
+    blocks, shares = in_blocks(weight, importance, sizes[0])
+    codes = np.empty(blocks.shape, dtype=np.uint8)
+    chosen = np.empty((len(blocks), sizes[0] // sizes[1]), dtype=np.uint8)
+    levels = fp4_values()
+    table = level_table(levels.tobytes())
+    largest = np.float32(levels.max())
+    solve_listed(blocks, shares, sizes[1], *table, largest, np.ascontiguousarray(scales), *reach, codes, chosen)
+    return codes, chosen

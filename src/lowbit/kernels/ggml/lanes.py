@@ -42,6 +42,7 @@ _ROUNDER = np.float32(0.75)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 _TINY = np.float32(1e-30)
+_POWERS = (2.0 ** np.arange(-120, 121)).astype(np.float32)
 _TABLE_MIDDLE = np.float32(256.0)
 
 compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -52,50 +53,52 @@ compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 def load(weight: Any, importance: Any, first: int, size: int, x: Any, w: Any, state: Any) -> None:
     """Fill a tile with the groups of ``size`` weights of ``weight`` ``[blocks, block_size]`` from block ``first`` on.
 
-    ``importance`` is ``[blocks of a row, block_size]``. Lanes past the last block hold zeros.
+    ``importance`` is ``[blocks of a row, block_size]``, or ``[0, block_size]``: then ``w`` is left at ones. Lanes past
+    the last block hold zeros.
     """
     block_size = weight.shape[1]
     groups = block_size // size
     for lane in range(0, LANES, groups):
         block = first + lane // groups
-        if block >= weight.shape[0]:
-            for group in range(groups):
-                for j in range(size):
-                    x[j * LANES + lane + group] = _ZERO
-                    w[j * LANES + lane + group] = _ONE
-                state[UNIT + lane + group] = _ONE
-                state[PER_UNIT + lane + group] = _ONE
-            continue
-        row = weight[block]
-        share = importance[block % importance.shape[0]]
-        greatest = _ZERO
-        for j in range(block_size):
-            greatest = max(greatest, abs(row[j]))
         exponent = 0
-        if greatest > _ZERO:
-            exponent = int(min(max(np.floor(np.log2(greatest)), np.float32(-100.0)), np.float32(120.0)))
-        unit = np.float32(2.0**exponent)
-        per_unit = np.float32(2.0**-exponent)
-        for group in range(groups):
-            state[UNIT + lane + group] = unit
-            state[PER_UNIT + lane + group] = per_unit
+        if block < weight.shape[0]:
+            _transpose(weight[block], x, lane, size)
+            if importance.shape[0]:
+                _transpose(importance[block % importance.shape[0]], w, lane, size)
+            # the greatest magnitude by its bits: an integer maximum vectorises
+            greatest = np.int32(0)
+            for bits in weight[block].view(np.int32):
+                greatest = max(greatest, bits & np.int32(0x7FFFFFFF))
+            exponent = min(max(np.int64(greatest >> 23) - 127, -100), 120) if greatest else 0
+        else:
             for j in range(size):
-                x[j * LANES + lane + group] = row[group * size + j] * per_unit
-                w[j * LANES + lane + group] = share[group * size + j]
+                for group in range(lane, lane + groups):
+                    x[j * LANES + group] = _ZERO
+        for group in range(lane, lane + groups):
+            state[UNIT + group] = _POWERS[exponent + 120]
+            state[PER_UNIT + group] = _POWERS[120 - exponent]
     for lane in range(LANES):
-        state[LEAST + lane] = x[lane]
-        state[MOST + lane] = x[lane]
+        state[LEAST + lane] = np.float32(np.inf)
+        state[MOST + lane] = np.float32(-np.inf)
         state[W + lane] = _ZERO
+        state[M + lane] = _ZERO
     for j in range(size):
         for lane in range(LANES):
-            value = x[j * LANES + lane]
+            value = x[j * LANES + lane] * state[PER_UNIT + lane]
+            x[j * LANES + lane] = value
             state[LEAST + lane] = min(state[LEAST + lane], value)
             state[MOST + lane] = max(state[MOST + lane], value)
             state[W + lane] += w[j * LANES + lane]
     for lane in range(LANES):
         least, most = state[LEAST + lane], state[MOST + lane]
         state[EXTREME + lane] = least if -least > most else most
-        state[M + lane] = _ZERO
+
+
+@compiled  # type: ignore[untyped-decorator]
+def _transpose(row: Any, tile: Any, lane: int, size: int) -> None:
+    for j in range(size):
+        for group in range(row.shape[0] // size):
+            tile[j * LANES + lane + group] = row[group * size + j]
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -238,30 +241,34 @@ def fit_step_and_offset(state: Any, least_offset: Any) -> None:
 def store_codes(x: Any, state: Any, first: int, size: int, low: Any, high: Any, codes: Any) -> None:
     """Write ``code - low`` of every weight of the tile to ``codes`` uint8 ``[blocks, block_size]``."""
     invert(state)
-    groups = codes.shape[1] // size
-    for lane in range(LANES):
-        block = first + lane // groups
-        if block >= codes.shape[0]:
-            break
-        column = lane % groups * size
-        inverse, offset = state[INVERSE + lane], state[M + lane]
-        for j in range(size):
-            code = np.rint((x[j * LANES + lane] + offset) * inverse)
-            codes[block, column + j] = np.uint8(min(max(code, low), high) - low)
+    named = np.empty(size * LANES, np.uint8)
+    for j in range(size):
+        for lane in range(LANES):
+            code = np.rint((x[j * LANES + lane] + state[M + lane]) * state[INVERSE + lane])
+            named[j * LANES + lane] = np.uint8(min(max(code, low), high) - low)
+    _scatter(named, first, size, codes)
 
 
 @compiled  # type: ignore[untyped-decorator]
 def store_table_codes(x: Any, state: Any, first: int, size: int, names: Any, codes: Any) -> None:
     """Write the code of every weight of the tile; ``names`` uint8 ``[512]`` belongs to the table of the levels."""
     invert(state)
-    groups = codes.shape[1] // size
     last = np.float32(names.shape[0] - 1)
+    named = np.empty(size * LANES, np.uint8)
+    for j in range(size):
+        for lane in range(LANES):
+            place = x[j * LANES + lane] * state[INVERSE + lane]
+            entry = np.int32(min(max(place + place + _TABLE_MIDDLE, _ZERO), last))
+            named[j * LANES + lane] = names[np.uint64(entry)]
+    _scatter(named, first, size, codes)
+
+
+@compiled  # type: ignore[untyped-decorator]
+def _scatter(named: Any, first: int, size: int, codes: Any) -> None:
+    groups = codes.shape[1] // size
     for lane in range(LANES):
         block = first + lane // groups
-        if block >= codes.shape[0]:
-            break
-        column = lane % groups * size
-        inverse = state[INVERSE + lane]
-        for j in range(size):
-            place = x[j * LANES + lane] * inverse
-            codes[block, column + j] = names[np.uint64(np.int32(min(max(place + place + _TABLE_MIDDLE, _ZERO), last)))]
+        if block < codes.shape[0]:
+            row = codes[block, lane % groups * size : (lane % groups + 1) * size]
+            for j in range(size):
+                row[j] = named[j * LANES + lane]

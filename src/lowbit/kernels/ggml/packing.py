@@ -12,6 +12,11 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 
+def as_rows(weight: Floats, *fields: Bytes) -> Bytes:
+    """uint8 ``[rows, row_bytes]``: the ``fields`` uint8 ``[blocks, bytes]`` of each block side by side."""
+    return np.concatenate(fields, axis=1).reshape(len(weight), -1)
+
+
 def half_bytes(values: Floats) -> Bytes:
     """uint8 ``[n, 2]``: float32 ``[n]`` as float16."""
     return values.astype(np.float16)[:, None].view(np.uint8)
@@ -73,7 +78,7 @@ def four_xs_scales(scales: npt.NDArray[np.int8]) -> Bytes:
 
 
 def base_three(codes: Bytes) -> Bytes:
-    """uint8 ``[n, 52]``: 256 ternary digits as TQ1_0 holds them, each byte the fraction ``digits / 243`` rounded up."""
+    """uint8 ``[n, 52]``: 256 ternary digits as TQ1_0 holds them, a byte the fraction ``digits / 243`` rounded up."""
     powers = np.array([81, 27, 9, 3, 1], dtype=np.uint16)
     parts = (codes[:, :160].reshape(-1, 5, 32), codes[:, 160:240].reshape(-1, 5, 16), codes[:, 240:].reshape(-1, 4, 4))
     sums = [np.einsum("ndb,d->nb", part.astype(np.uint16), powers[: part.shape[1]]) for part in parts]

@@ -110,7 +110,7 @@ def _sweep_steps(
 def _sweep_ranges(
     x: Any, w: Any, state: Any, size: int, high: Any, spans: Any, least_offset: Any, half: bool, rounds: int
 ) -> None:
-    """Best step and offset of each lane: its range laid over each of ``spans`` (number of steps, share cut off below)."""
+    """Best step and offset of each lane: its range laid over each of ``spans`` (steps, share cut off below)."""
     for lane in range(LANES):
         state[BEST + lane] = _HUGE
         state[BEST_S + lane] = _ZERO
@@ -162,7 +162,7 @@ def solve_steps(
     codes: Any,
     steps: Any,
 ) -> None:
-    """Blocks with one float16 scale: ``codes`` uint8 ``[blocks, size]`` (less ``low``), ``steps`` float32 ``[blocks]``."""
+    """Blocks with one float16 scale: fills ``codes`` uint8 (less ``low``) and ``steps`` float32 ``[blocks]``."""
     blocks, size = weight.shape
     x, w, state = _tile(size)
     for first in range(0, blocks, LANES):
@@ -182,7 +182,7 @@ def solve_steps(
 def solve_ranges(
     weight: Any, importance: Any, high: Any, spans: Any, rounds: int, codes: Any, steps: Any, offsets: Any
 ) -> None:
-    """Blocks with float16 scale and minimum: fills ``codes``, ``steps`` and the minima ``offsets`` float32 ``[blocks]``."""
+    """Blocks with float16 scale and minimum: fills ``codes``, ``steps`` and ``offsets`` float32 ``[blocks]``."""
     blocks, size = weight.shape
     x, w, state = _tile(size)
     for first in range(0, blocks, LANES):
@@ -295,7 +295,7 @@ def _fit_super_steps(state: Any, groups: int) -> None:
 
 @compiled  # type: ignore[untyped-decorator]
 def _store_super_blocks(state: Any, first: int, groups: int, scales: Any, steps: Any) -> None:
-    """Take the kept codes and steps and write them to ``scales`` ``[2, blocks, groups]`` and ``steps`` ``[2, blocks]``."""
+    """Take the kept codes and steps; write ``scales`` ``[2, blocks, groups]`` and ``steps`` ``[2, blocks]``."""
     for lane in range(LANES):
         state[CODE_S + lane] = state[KEPT_S + lane]
         state[CODE_M + lane] = state[KEPT_M + lane]
@@ -325,6 +325,7 @@ def solve_super_steps(
     most: Any,
     fractions: Any,
     moves: Any,
+    passes: int,
     codes: Any,
     scales: Any,
     steps: Any,
@@ -333,7 +334,7 @@ def solve_super_steps(
 
     Fills ``codes`` uint8 ``[blocks, 256]`` (less ``low``), ``scales`` int8 ``[2, blocks, groups]`` and ``steps``
     float32 ``[2, blocks]``, of which the second halves stay 0. The scale of greatest magnitude is tried at each of
-    ``fractions`` (signed) of the range.
+    ``fractions`` (signed) of the range, the common step fitted ``passes`` times.
     """
     blocks = weight.shape[0]
     groups = weight.shape[1] // size
@@ -356,7 +357,7 @@ def solve_super_steps(
             round_to_half(state, STEP_S)
             for lane in range(LANES):
                 state[CODE_S + lane] = _round_code(wanted[lane], state[STEP_S + lane], least, most)
-            for _ in range(2):
+            for _ in range(passes):
                 _search_codes(x, w, state, size, low, high, table, least, most, moves)
                 _keep_super_blocks(state, groups)
                 _apply_codes(state)
@@ -382,6 +383,7 @@ def solve_super_ranges(
     most: Any,
     fractions: Any,
     moves: Any,
+    passes: int,
     codes: Any,
     scales: Any,
     steps: Any,
@@ -389,7 +391,8 @@ def solve_super_ranges(
     """Super-blocks of groups of ``size`` weights with integer scales and minima, 0 to ``most``, times float16 steps.
 
     Fills ``codes`` uint8 ``[blocks, 256]``, ``scales`` int8 ``[2, blocks, groups]`` (scales, minima) and ``steps``
-    float32 ``[2, blocks]``. The greatest scale and minimum are tried at each of ``fractions`` ``[n, 2]`` of the range.
+    float32 ``[2, blocks]``. The greatest scale and minimum are tried at each of ``fractions`` ``[n, 2]`` of the range,
+    the common steps fitted ``passes`` times.
     """
     blocks = weight.shape[0]
     groups = weight.shape[1] // size
@@ -415,7 +418,7 @@ def solve_super_ranges(
             for lane in range(LANES):
                 state[CODE_S + lane] = _round_code(wanted[lane], state[STEP_S + lane], _ZERO, most)
                 state[CODE_M + lane] = _round_code(wanted[LANES + lane], state[STEP_M + lane], _ZERO, most)
-            for _ in range(2):
+            for _ in range(passes):
                 _search_codes(x, w, state, size, _ZERO, high, nothing, _ZERO, most, moves)
                 _keep_super_blocks(state, groups)
                 _apply_codes(state)
