@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from lowbit.errors import CheckpointError
+from lowbit.codecs.gguf.container import is_gguf, open_gguf
+from lowbit.codecs.gguf.vocabulary import tokenizer_from_gguf
+from lowbit.errors import CheckpointError, UnsupportedError
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -40,11 +42,14 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer in the checkpoint directory ``path``; the network is never asked.
+    """The tokenizer in the checkpoint directory or GGUF file ``path``; the network is never asked.
 
-    Raises :class:`CheckpointError` when there is none or it cannot be read.
+    Raises :class:`CheckpointError` when there is none or it cannot be read, :class:`UnsupportedError` for a GGUF
+    vocabulary of a kind that lowbit does not know.
     """
     directory = Path(path)
+    if is_gguf(directory):
+        return _from_gguf(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such checkpoint directory, so no tokenizer")
     if not any((directory / name).exists() for name in _FILES):
@@ -67,6 +72,16 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
         raise CheckpointError(
             f"{directory}: the tokenizer has an empty vocabulary: copy the original model's tokenizer files here"
         )
+    return tokenizer
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    try:
+        tokenizer: Tokenizer = tokenizer_from_gguf(open_gguf(path).metadata)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{path}: {error}") from error
     return tokenizer
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 from lowbit.codecs.gguf.byte_level import byte_level_metadata
 from lowbit.codecs.gguf.metadata import MetadataValue, Typed
+from lowbit.codecs.gguf.rebuilding import tokenizer_from_gguf, write_tokenizer
 from lowbit.codecs.gguf.sentencepiece import sentencepiece_metadata
 from lowbit.codecs.gguf.special_tokens import special_token_metadata
 from lowbit.codecs.gguf.token_table import Source, open_source
 from lowbit.codecs.gguf.wordpiece import wordpiece_metadata
 from lowbit.errors import UnsupportedError
 
-__all__ = ["Vocabulary", "read_vocabulary", "vocabulary_metadata"]
+__all__ = ["Vocabulary", "read_vocabulary", "tokenizer_from_gguf", "vocabulary_metadata", "write_tokenizer"]
 
 
 @dataclass(frozen=True, slots=True)
