@@ -84,7 +84,7 @@ class ModelDescription:
             kv_heads=fields.kv_heads(heads),
             head_dim=head_dim,
             vocab=fields.number("vocab_size", "padded_vocab_size"),
-            ffn=fields.number("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden),
+            ffn=fields.widest("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden),
             tied=fields.tied(model_type, tensor_names),
             max_positions=fields.number(
                 "max_position_embeddings",
@@ -143,6 +143,14 @@ class Fields:
         if default is None:
             raise CheckpointError(f"{self.where}: {names[0]} is missing; is this the config of a language model?")
         return default
+
+    def widest(self, *names: str, default: int) -> int:
+        """:meth:`number`, or the largest where the config lists one per block."""
+        for name in names:
+            value = self.values.get(name)
+            if isinstance(value, list) and value and all(type(item) is int and item > 0 for item in value):
+                return max(value)
+        return self.number(*names, default=default)
 
     def text(self, *names: str) -> str:
         for name in names:

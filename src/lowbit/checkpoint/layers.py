@@ -193,8 +193,9 @@ def _attention(name: str, fields: Fields, shape: ModelDescription) -> Callable[[
 
 
 def _mamba1(fields: Fields) -> LayerState:
-    expanded = fields.number("expand", "mamba_expand", default=2) * fields.number("hidden_size", "d_model")
-    inner = expanded if "mamba_expand" in fields.values else fields.number("intermediate_size", default=expanded)
+    inner = fields.number("expand", "mamba_expand", default=2) * fields.number("hidden_size", "d_model")
+    if fields.text("model_type") != "jamba":  # whose intermediate_size is that of its feed-forwards
+        inner = fields.number("intermediate_size", default=inner)
     kernel = fields.number("conv_kernel", "mamba_d_conv", "d_conv", default=4)
     size = fields.number("state_size", "mamba_d_state", "d_state", default=16)
     return LayerState(conv=inner * (kernel - 1), recurrent=inner * size)
