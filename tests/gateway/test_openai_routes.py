@@ -164,12 +164,12 @@ def test_a_stream_that_breaks_off_ends_with_an_error_and_no_done(fault: str) -> 
 def test_killed_engine() -> None:
     async def scenario() -> None:
         async with (
-            engine_process("--token-time", "0.05", "--tokens", "100") as (url, process),
+            engine_process("--token-time", "0.05", "--tokens", "1000") as (url, process),
             gateway([Engine()], [Tier("dying", url)]) as bench,
         ):
             requests = [bench.stream("/v1/chat/completions", {**CHAT, "model": "assistant@dying"}) for _ in range(20)]
             tasks = [asyncio.ensure_future(request) for request in requests]
-            await asyncio.sleep(0.6)
+            await all_speak(bench, url, len(tasks))
             process.kill()
             for stream in await asyncio.gather(*tasks):
                 assert text_of(stream).startswith("w0 w1")
@@ -200,6 +200,17 @@ def test_a_client_that_leaves_cancels_the_generation(stream: bool) -> None:
             assert ("failed", "disconnected") not in bench.pool.leases[0].reports
 
     run(scenario)
+
+
+async def all_speak(bench: Bench, url: str, streams: int) -> None:
+    """Wait until an engine has given every stream a few tokens."""
+    for _ in range(500):
+        async with bench.http.get(f"{url}/log") as response:
+            log = await response.json()
+        if log["requests"] == streams and log["tokens"] > 8 * streams:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("the engine is too slow")
 
 
 async def until_idle(bench: Bench) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["DONE", "EventReader", "data_event", "has_token", "split_events"]
+__all__ = ["DONE", "EventReader", "data_event", "has_token", "iter_events"]
 
 DONE = b"data: [DONE]\n\n"
 
@@ -16,18 +16,16 @@ def data_event(value: Any) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def split_events(buffer: bytes) -> tuple[list[bytes], bytes]:
-    """The data of the complete events in ``buffer``, and what is left of it. Comments have no data and vanish.
+def iter_events(buffer: bytes) -> Iterator[tuple[bytes, int]]:
+    """``(data, end)`` of each complete event in ``buffer``, one at a time. Comments have no data and are passed over.
 
-    llama.cpp once sent errors as a field ``error:``; it counts as data.
+    Lines end with LF (callers turn CRLF into that). llama.cpp once sent errors as a field ``error:``: data, too.
+    Raises :class:`ValueError` for what is no event.
     """
-    if b"\r" in buffer:
-        buffer = buffer.replace(b"\r\n", b"\n")
-    *complete, rest = buffer.split(b"\n\n")
-    found = []
-    for event in complete:
+    start = 0
+    while (stop := buffer.find(b"\n\n", start)) >= 0:
         lines = []
-        for line in event.split(b"\n"):
+        for line in buffer[start:stop].split(b"\n"):
             name, _, value = line.partition(b":")
             if name == b"data":
                 lines.append(value.removeprefix(b" "))
@@ -35,9 +33,9 @@ def split_events(buffer: bytes) -> tuple[list[bytes], bytes]:
                 lines.append(b'{"error":' + value + b"}")
             elif name and name not in (b"event", b"id", b"retry"):
                 raise ValueError(f"not a stream of events: {line[:80]!r}")
+        start = stop + 2
         if lines:
-            found.append(b"\n".join(lines))
-    return found, rest
+            yield b"\n".join(lines), start
 
 
 class EventReader:
@@ -49,8 +47,11 @@ class EventReader:
 
     def feed(self, chunk: bytes) -> Iterator[dict[str, Any]]:
         """The events completed by ``chunk``. Raises :class:`ValueError` for one that is not JSON."""
-        events, self._rest = split_events(self._rest + chunk)
-        for event in events:
+        buffer = self._rest + chunk
+        if b"\r" in buffer:
+            buffer = buffer.replace(b"\r\n", b"\n")
+        end = 0
+        for event, end in iter_events(buffer):  # noqa: B007 - where the last one ended
             if event == b"[DONE]":
                 self.finished = True
             else:
@@ -58,6 +59,7 @@ class EventReader:
                 if not isinstance(value, dict):
                     raise ValueError(f"an event that is no object: {event[:80]!r}")
                 yield value
+        self._rest = buffer[end:]
 
 
 def has_token(event: dict[str, Any]) -> bool:

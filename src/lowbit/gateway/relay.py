@@ -24,7 +24,7 @@ from aiohttp import (
 
 from lowbit.gateway.config import ServeConfig
 from lowbit.gateway.dialects import adapt, count_request, counted, engine_error, prompt_bytes
-from lowbit.gateway.events import has_token, split_events
+from lowbit.gateway.events import has_token, iter_events
 from lowbit.gateway.gate import Gate
 from lowbit.gateway.metrics import GapHistogram, Metrics
 from lowbit.gateway.policy import Request
@@ -85,6 +85,7 @@ class Answer:
         self, lease: Lease, response: ClientResponse, body: bytes, call: Call, metrics: Metrics, empty: int = 0
     ) -> None:
         self.lease, self.response, self.body, self.call = lease, response, body, call
+        self.complete = not call.stream
         self._metrics, self._empty = metrics, empty
 
     @property
@@ -101,33 +102,47 @@ class Answer:
         return value
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The stream as it comes. Raises :class:`EngineFailed` if it breaks off."""
-        lease, call = self.lease, self.call
+        """The stream as it comes; ``complete`` is true from the last piece on.
+
+        Raises :class:`EngineFailed` if it breaks off.
+        """
+        lease, content = self.lease, self.response.content
         series = self._metrics.gaps.series(lease.model, lease.tier)
         first = last = time.perf_counter()
-        tail = self.body
-        events = tail.count(b"\n\n") - self._empty - 2  # the finish reason and [DONE] carry no token
-        yield self.body
+        chunk = tail = self.body
+        events = -self._empty - 2  # the finish reason and [DONE] carry no token
         try:
-            async for chunk in self.response.content.iter_any():
+            while chunk:
+                events += chunk.count(b"\n\n")
+                if content.at_eof():
+                    break
+                yield chunk
+                chunk = await content.readany()
                 now = time.perf_counter()
                 GapHistogram.add(series, now - last)
                 last = now
-                events += chunk.count(b"\n\n")
                 tail = chunk if len(chunk) >= _TAIL else (tail + chunk)[-_TAIL:]
                 lease.progress()
-                yield chunk
         except (ClientError, OSError, asyncio.TimeoutError) as error:
-            if time.perf_counter() >= call.deadline - 0.01:
-                raise EngineFailed("cancelled", "the deadline passed before the answer was complete") from None
             raise self._broke(error) from error
-        if b"[DONE]" not in tail and b"response.completed" not in tail and not call.path.endswith("/responses"):
+        self._finish(tail, events, last - first)
+        if chunk:
+            yield chunk
+        if not self.complete:
             raise self._broke(None)
+
+    def _finish(self, tail: bytes, events: int, seconds: float) -> None:
+        lease, call = self.lease, self.call
+        if b"[DONE]" not in tail and b"response.completed" not in tail and not call.path.endswith("/responses"):
+            return
+        self.complete = True
         call.prompt_tokens, call.completion_tokens = _usage(tail) or (0, max(1, events))
         self._metrics.tokens(lease.model, lease.tier, call.prompt_tokens, call.completion_tokens)
-        lease.done(call.completion_tokens, last - first)
+        lease.done(call.completion_tokens, seconds)
 
     def _broke(self, error: Exception | None) -> EngineFailed:
+        if error is not None and time.perf_counter() >= self.call.deadline - 0.01:
+            return EngineFailed("cancelled", "the deadline passed before the answer was complete")
         kind: Failure = "timeout" if isinstance(error, asyncio.TimeoutError) else "disconnected"
         self.lease.failed(kind)
         reason = "sent nothing for too long" if kind == "timeout" else "broke off"
@@ -368,35 +383,42 @@ async def _refused(lease: Lease, response: ClientResponse) -> Exception:
 
 async def _first_token(lease: Lease, response: ClientResponse) -> tuple[bytes, int]:
     """The beginning of a stream, up to the chunk with the first token, and the number of events before that."""
-    head = rest = b""
-    empty = 0
     garbage = EngineFailed("garbage", f"the engine of {lease.tier_id} answered with something that is no stream")
     if response.content_type != "text/event-stream":
         raise garbage
+    head = rest = b""
+    empty = 0
     while len(head) < _HEAD:
         chunk = await response.content.readany()
         if not chunk and not rest:
             raise EngineFailed("disconnected", f"the engine of {lease.tier_id} ended before its first token")
         lease.progress()
         head += chunk
+        rest += chunk or b"\n\n"
+        if b"\r" in rest:
+            rest = rest.replace(b"\r\n", b"\n")
+        end = 0
         try:
-            events, rest = split_events(rest + (chunk or b"\n\n"))
-            values = [None if event == b"[DONE]" else json.loads(event) for event in events]
+            for event, end in iter_events(rest):  # noqa: B007 - where the last one ended
+                if event == b"[DONE]" or _speaks(json.loads(event), lease):
+                    return head, empty
+                empty += 1
         except ValueError:
             raise garbage from None
-        for value in values:
-            if value is None:
-                return head, empty
-            if not isinstance(value, dict):
-                raise garbage
-            if "error" in value:
-                code = (value["error"] or {}).get("code") if isinstance(value["error"], dict) else None
-                refusal = engine_error(code if isinstance(code, int) else 500, value)
-                raise refusal or EngineFailed("status", f"the engine of {lease.tier_id} failed")
-            if has_token(value):
-                return head, empty
-            empty += 1
+        rest = rest[end:]
     raise garbage
+
+
+def _speaks(event: object, lease: Lease) -> bool:
+    """Whether an event has a token. Raises what an error in it means, :class:`ValueError` for what is no object."""
+    if not isinstance(event, dict):
+        raise ValueError("no object")
+    if "error" in event:
+        error = event["error"]
+        code = error.get("code") if isinstance(error, dict) else None
+        refusal = engine_error(code if isinstance(code, int) else 500, event)
+        raise refusal or EngineFailed("status", f"the engine of {lease.tier_id} failed")
+    return has_token(event)
 
 
 def _checked(body: bytes, lease: Lease) -> tuple[int, int]:

@@ -72,7 +72,10 @@ async def pipe(request: web.Request, answer: Answer) -> web.StreamResponse:
     await response.prepare(request)
     try:
         async for chunk in answer.chunks():
-            await response.write(chunk)
+            if answer.complete:
+                await response.write_eof(chunk)
+            else:
+                await response.write(chunk)
     except EngineFailed as error:
         await response.write(b"\n\n" + data_event(error_body(502, str(error), "engine_failed")))
     await response.write_eof()

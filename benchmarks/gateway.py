@@ -1,0 +1,241 @@
+"""What the gateway costs: against the engine asked directly, and against a bare pass-through in the same framework.
+
+    python benchmarks/gateway.py [--url http://127.0.0.1:PORT --model NAME] [--streams 32] [--seconds 5]
+
+Without ``--url`` three processes run: a fake engine that streams instantly, a bare pass-through (aiohttp, no checks,
+no metrics, nothing), and the gateway with validation, admission, policy, metrics and logs. Each is asked the same way
+by a client in this process, in turns, so that a machine that slows down slows all of them. With ``--url`` the engine
+there takes the fake one's place; ``--token-time`` makes the fake engine as slow as a real one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
+
+ROOT = Path(__file__).parents[1]
+FAKE = ROOT / "tests" / "gateway" / "fake_engine.py"
+
+
+@dataclass
+class Figures:
+    """What was seen of one server, over all its turns."""
+
+    first: list[float] = field(default_factory=list)
+    requests: int = 0
+    chunks: int = 0
+    seconds: float = 0.0
+    cpu: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.requests / self.seconds
+
+    @property
+    def chunk_rate(self) -> float:
+        return self.chunks / self.seconds
+
+
+async def passthrough(port: int, upstream: str) -> None:
+    """The least that a proxy can do."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        async with session.post(
+            upstream + request.path, data=body, headers={"Content-Type": "application/json"}
+        ) as answer:
+            response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
+            await response.prepare(request)
+            async for chunk in answer.content.iter_any():
+                await response.write(chunk)
+            await response.write_eof()
+            return response
+
+    app = web.Application()
+    app.router.add_post("/{path:.*}", handle)
+    async with ClientSession(connector=TCPConnector(limit=0), timeout=ClientTimeout(total=None)) as session:
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port, backlog=1024).start()
+        print("ready", runner.addresses[0][1], flush=True)
+        await asyncio.Event().wait()
+
+
+async def gateway(port: int, upstream: str, model: str, engine: str) -> None:
+    """The gateway, over one tier that runs already."""
+    from lowbit.gateway.app import make_app, serve
+    from lowbit.gateway.config import parse_config
+    from lowbit.gateway.log import log_to
+    from lowbit.gateway.pool import Pool
+
+    tier = {"name": "int4", "url": upstream, "engine": engine, "upstream_model": model, "concurrency": 256}
+    config = parse_config({"port": port, "models": {model: {"tiers": [tier]}}})
+    with open("/dev/null", "w") as sink:
+        log_to(sink)
+        app = make_app(Pool(config), config)
+        await serve(app, listening=lambda host, found: print("ready", found, flush=True))
+
+
+async def one(session: ClientSession, url: str, body: bytes, figures: Figures) -> None:
+    """One stream, read to its end."""
+    started = time.perf_counter()
+    first = True
+    async with session.post(
+        f"{url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
+    ) as answer:
+        if answer.status != 200:
+            raise SystemExit(f"{url}: {answer.status} {await answer.text()}")
+        async for chunk in answer.content.iter_any():
+            if first:
+                figures.first.append(time.perf_counter() - started)
+                first = False
+            figures.chunks += chunk.count(b"\n\n")
+    figures.requests += 1
+
+
+async def load(session: ClientSession, url: str, body: bytes, figures: Figures, streams: int, seconds: float) -> None:
+    """Keep ``streams`` requests under way for a while."""
+    started = time.perf_counter()
+
+    async def client() -> None:
+        while time.perf_counter() - started < seconds:
+            await one(session, url, body, figures)
+
+    await asyncio.gather(*(client() for _ in range(streams)))
+    figures.seconds += time.perf_counter() - started
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """CPU seconds of a process so far: what a server costs, however busy the machine is with others."""
+    if pid is None:
+        return 0.0
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+async def measure(
+    urls: dict[str, str], pids: dict[str, int | None], body: bytes, streams: int, seconds: float, turns: int
+) -> dict[str, Figures]:
+    """Ask every server in turns."""
+    found = {name: Figures() for name in urls}
+    async with ClientSession(connector=TCPConnector(limit=0), timeout=ClientTimeout(total=None)) as session:
+        for turn in range(-1, turns):
+            for name, url in urls.items():
+                figures = Figures() if turn < 0 else found[name]
+                before = cpu_seconds(pids[name])
+                await load(session, url, body, figures, streams, 0.5 if turn < 0 else seconds / turns)
+                figures.cpu += cpu_seconds(pids[name]) - before
+    return found
+
+
+def start(stack: ExitStack, *arguments: str) -> tuple[str, int]:
+    """Start a process that prints ``ready PORT``; gives its url and id."""
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ready"):
+            return f"http://127.0.0.1:{line.split()[1]}", process.pid
+    raise SystemExit(f"{arguments} did not start")
+
+
+def show(found: dict[str, Figures], title: str) -> dict[str, Any]:
+    """Print a table, give the same for JSON."""
+    print(f"\n{title}\n{'':14}{'first token ms':>16}{'p95':>8}{'requests/s':>12}{'chunks/s':>11}{'CPU ms':>8}")
+    table: dict[str, Any] = {}
+    for name, figures in found.items():
+        first = statistics.median(figures.first) * 1e3
+        late = statistics.quantiles(figures.first, n=20)[-1] * 1e3
+        cost = figures.cpu / figures.requests * 1e3
+        print(f"{name:14}{first:>16.2f}{late:>8.2f}{figures.rate:>12.1f}{figures.chunk_rate:>11.0f}{cost:>8.2f}")
+        table[name] = {
+            "first_ms": first,
+            "p95_ms": late,
+            "requests": figures.rate,
+            "chunks": figures.chunk_rate,
+            "cpu_ms": cost,
+        }
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url")
+    parser.add_argument("--engine", default="openai")
+    parser.add_argument("--model", default="fake")
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--token-time", type=float, default=0.0)
+    parser.add_argument("--json")
+    parser.add_argument("--role", choices=("passthrough", "gateway"))
+    arguments = parser.parse_args()
+    if arguments.role == "passthrough":
+        asyncio.run(passthrough(0, arguments.url))
+    elif arguments.role == "gateway":
+        asyncio.run(gateway(0, arguments.url, arguments.model, arguments.engine))
+    else:
+        compare(arguments)
+
+
+def per_cpu(figures: Figures) -> float:
+    """Requests that a server answers for each second of its own CPU time."""
+    return figures.requests / figures.cpu
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """The measurement."""
+    body = json.dumps(
+        {
+            "model": arguments.model,
+            "messages": [{"role": "user", "content": "Tell me something about foxes."}],
+            "max_tokens": arguments.tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+    ).encode()
+    with ExitStack() as stack:
+        pace = ["--tokens", str(arguments.tokens), "--token-time", str(arguments.token_time)]
+        engine, pid = (arguments.url, None) if arguments.url else start(stack, str(FAKE), *pace)
+        role = [__file__, "--url", engine, "--model", arguments.model, "--engine", arguments.engine, "--role"]
+        servers = {"engine": (engine, pid)}
+        servers |= {"pass-through": start(stack, *role, "passthrough"), "gateway": start(stack, *role, "gateway")}
+        urls = {name: url for name, (url, _) in servers.items()}
+        pids = {name: pid for name, (_, pid) in servers.items()}
+        single = asyncio.run(measure(urls, pids, body, 1, arguments.seconds / 2, arguments.turns))
+        many = asyncio.run(measure(urls, pids, body, arguments.streams, arguments.seconds, arguments.turns))
+    tables = {
+        "1 stream": show(single, "1 stream"),
+        f"{arguments.streams} streams": show(many, f"{arguments.streams} streams"),
+    }
+    added = statistics.median(single["gateway"].first) - statistics.median(single["engine"].first)
+    summary = {
+        "added to the first token, ms": added * 1e3,
+        "throughput against the engine": many["gateway"].chunk_rate / many["engine"].chunk_rate,
+        "requests against the pass-through": many["gateway"].rate / many["pass-through"].rate,
+        "chunks against the pass-through": many["gateway"].chunk_rate / many["pass-through"].chunk_rate,
+        "per CPU second, against the same": per_cpu(many["gateway"]) / per_cpu(many["pass-through"]),
+    }
+    print()
+    for name, value in summary.items():
+        print(f"{name:36}{value:8.3f}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps({"summary": summary, "tables": tables}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
