@@ -26,7 +26,7 @@ from lowbit.codecs.gptq import GptqCodec
 from lowbit.codecs.names import in_numbered_block
 from lowbit.codecs.opening import open_model
 from lowbit.codecs.reading import dense_names, local_tensors, module_plan, read_quantized, stored_format
-from lowbit.errors import UnsupportedError, UsageError
+from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.formats.ggml import BlockTensor
 from lowbit.formats.ggml.grids import grid_spec, to_integer
 from lowbit.formats.spec import IntSpec
@@ -110,6 +110,7 @@ def convert_checkpoint(
         source, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
     ) as checkpoint:
         conversion = _Conversion(checkpoint, codec, _dtype(dtype))
+        companions = conversion.companions()
         hashes = {path.name: hash_file(path).sha256 for path in checkpoint.files}
         fingerprint = conversion.fingerprint(hashes)
         with PartialCheckpoint.create(Path(out), fingerprint, resume=resume, overwrite=overwrite) as partial:
@@ -118,7 +119,7 @@ def convert_checkpoint(
                 partial.finish(
                     conversion.config(),
                     manifest=conversion.manifest(fingerprint, hashes),
-                    copy_files=checkpoint.auxiliary_files(),
+                    copy_files=companions,
                 )
     return conversion.result(Path(out))
 
@@ -143,6 +144,14 @@ class _Conversion:
         details = {"desc_act": True} if self.ordered else {}
         self.quantization = codec.config(self.specs, _left_dense(checkpoint, self.specs), details=details)
         self.notes = _notes(checkpoint, self.plan, self.quantization)
+
+    def companions(self) -> list[Path]:
+        """The files to carry over; a vocabulary of a GGUF file that cannot be a tokenizer becomes a note."""
+        try:
+            return self.checkpoint.auxiliary_files()
+        except (CheckpointError, UnsupportedError) as error:
+            self.notes.append(f"no tokenizer written: {error}: copy the original model's tokenizer files")
+            return []
 
     @property
     def exact(self) -> bool:
@@ -180,11 +189,9 @@ class _Conversion:
         """The source's manifest carried on, or a new one; the certificate is left out, for it is of other files."""
         origin = read_manifest(self.checkpoint.path)
         modules: dict[str, dict[str, Any]] = {}
-        for module, entry in self.plan.items():
+        for module, spec in self.specs.items():
             known = dict(origin.modules.get(module, {})) if origin else {}
-            spec = self.specs.get(module, entry.spec)
-            dense = module not in self.specs
-            bits = self.weight_dtype.itemsize * 8.0 if dense else spec.bits_per_weight(*entry.shape)
+            bits = spec.bits_per_weight(*self.plan[module].shape)
             modules[module] = {**known, "spec": str(spec), "bits_per_weight": bits}
         recipe: dict[str, Any] = {
             "convert": {

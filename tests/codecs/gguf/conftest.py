@@ -185,7 +185,7 @@ def vocabulary(size: int, encoder: bool) -> dict[str, Any]:
     if not encoder:
         model = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["t 3"]}
     return model | {
-        "tokenizer.ggml.tokens": [f"t{index}" for index in range(size)],
+        "tokenizer.ggml.tokens": ["t0", "t1", "t2", "t", "3", "t3", *(f"t{index}" for index in range(6, size))],
         "tokenizer.ggml.token_type": [3] * 3 + [1] * (size - 3),
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,

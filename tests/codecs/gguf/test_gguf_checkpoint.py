@@ -201,6 +201,26 @@ def test_values_are_written_out(model_of: Callable[[str], Path], write_model: Wr
         assert torch.equal(logits(found), logits(source))
 
 
+def test_the_vocabulary_becomes_a_tokenizer(
+    model_of: Callable[[str], Path], write_model: Write, tmp_path: Path
+) -> None:
+    write_model(model_of("llama"), tmp_path / "model.gguf")
+    with open_model(tmp_path / "model.gguf") as found:
+        files = found.auxiliary_files()
+        assert found.has_tokenizer
+        assert "tokenizer.json" in [file.name for file in files]
+        assert files == found.auxiliary_files()
+    assert not files[0].exists()
+    convert_checkpoint(tmp_path / "model.gguf", tmp_path / "dense", "dense")
+    assert (tmp_path / "dense" / "tokenizer.json").is_file()
+    strange = rewritten(
+        tmp_path / "model.gguf", tmp_path / "odd.gguf", lambda found: found.update({"tokenizer.ggml.model": "rwkv"})
+    )
+    result = convert_checkpoint(strange, tmp_path / "bare", "dense")
+    assert "no tokenizer written" in result.notes[0]
+    assert not (tmp_path / "bare" / "tokenizer.json").exists()
+
+
 def rewritten(source: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A copy of a GGUF file with other metadata, tensors as they are."""
     reader = gguf.GGUFReader(source)

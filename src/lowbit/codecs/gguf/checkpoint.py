@@ -16,6 +16,7 @@ from lowbit.codecs.codec import StoredBlocks
 from lowbit.codecs.gguf.blocks import GgufCodec
 from lowbit.codecs.gguf.container import GgufFile, open_gguf
 from lowbit.codecs.gguf.importing import ImportedTensor, import_plan
+from lowbit.codecs.gguf.rebuilding import write_tokenizer
 
 __all__ = ["GgufCheckpoint", "open_gguf_checkpoint"]
 
@@ -57,6 +58,18 @@ class GgufCheckpoint(Checkpoint):
     def has_tokenizer(self) -> bool:
         """Whether the file holds a vocabulary."""
         return "tokenizer.ggml.tokens" in self.gguf.metadata
+
+    def auxiliary_files(self) -> list[Path]:
+        """The vocabulary and chat template as a tokenizer's files, in a temporary directory until :meth:`close`.
+
+        Raises :class:`UnsupportedError` or :class:`CheckpointError` for a vocabulary that cannot be one.
+        """
+        if not self.has_tokenizer:
+            return []
+        if self._written is None:
+            self._written = tempfile.TemporaryDirectory(prefix="lowbit-tokenizer-")
+            write_tokenizer(self.gguf.metadata, Path(self._written.name))
+        return sorted(path for path in Path(self._written.name).iterdir() if path.is_file())
 
     def close(self) -> None:
         """Delete what :meth:`auxiliary_files` wrote."""
