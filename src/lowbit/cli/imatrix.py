@@ -11,8 +11,7 @@ from lowbit.cli.progress import create_progress
 HELP = "collect the importance matrix that GGUF quantization is weighted by"
 EXAMPLES = """\
   lowbit imatrix ./Qwen3-8B Qwen3-8B.imatrix.gguf --calibration chats.jsonl
-  lowbit imatrix ./Qwen3-8B imatrix.dat --calibration general --samples 256 --seq-len 512
-  lowbit quantize ./Qwen3-8B Qwen3-8B-IQ3_XS.gguf --scheme IQ3_XS --imatrix Qwen3-8B.imatrix.gguf"""
+  lowbit imatrix ./Qwen3-8B imatrix.dat --calibration general --samples 256 --seq-len 512"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -83,15 +83,21 @@ class GgufSettings:
         Raises :class:`UsageError` for one that has no meaning for a GGUF file.
         """
         names = [f.name for f in dataclasses.fields(cls)]
-        given = {name: value for name, value in values.items() if not (value is None or value is False or value == [])}
+        given = {
+            name: value
+            for name, value in values.items()
+            if not (value is None or value == [] or (value is False and name != "symmetric"))
+        }
         for name in given:
             if name in _ELSEWHERE:
-                raise UsageError(f"--{name.replace('_', '-')} has no meaning for a GGUF file: {_ELSEWHERE[name]}")
+                flag = _FLAGS.get(name, name).replace("_", "-")
+                raise UsageError(f"--{flag} has no meaning for a GGUF file: {_ELSEWHERE[name]}")
             if name not in names:
                 raise UsageError(f"quantize: unknown argument {name!r}{suggestion(name, names)}")
         return cls(**given)
 
 
+_FLAGS = {"symmetric": "sym/--asym"}
 _SCHEME = "its scheme decides (--scheme Q4_K_M, --type REGEX=TYPE)"
 _ELSEWHERE = {
     "method": "each type has its own search, weighted by --imatrix",

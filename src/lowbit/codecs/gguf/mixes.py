@@ -148,7 +148,7 @@ def choose_types(
     quantizable = [tensor for tensor in tensors if may_quantize(tensor)]
     for pattern, kind in overrides:
         if not any(pattern.search(tensor.name) for tensor in quantizable):
-            raise UsageError(_without_effect(pattern, kind, tensors))
+            raise UsageError(_without_effect(pattern, kind, tensors, [tensor.name for tensor in quantizable]))
     chooser = _Chooser(mix, tensors, metadata, has_imatrix)
     chosen = {tensor.name: GGML_TYPES["F32"] for tensor in tensors}
     for tensor in sorted(quantizable, key=lambda tensor: (_layer(tensor.name), tensor.name)):
@@ -251,14 +251,15 @@ def _canonical(name: str) -> str:
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f": did you mean {close[0]!r}?" if close else f": use one of {', '.join(known)}"
 
 
-def _without_effect(pattern: re.Pattern[str], kind: GgmlType, tensors: Sequence[TensorShape]) -> str:
+def _without_effect(
+    pattern: re.Pattern[str], kind: GgmlType, tensors: Sequence[TensorShape], names: Sequence[str]
+) -> str:
     text = f"--type '{pattern.pattern}={kind}'"
     if fixed := next((tensor.name for tensor in tensors if pattern.search(tensor.name)), None):
         return f"{text} speaks only of tensors that are never quantized ({fixed}): leave it out"
-    names = [tensor.name for tensor in tensors]
     close = difflib.get_close_matches(pattern.pattern, names, n=1, cutoff=0.0) or names[:1]
     return f"{text} matches no tensor: names look like {close[0]!r}"
