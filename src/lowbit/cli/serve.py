@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import hashlib
 import importlib.util
+import logging
 import secrets
 import signal
 import sys
@@ -57,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--logs", metavar="DIR", help="where each engine's output goes (default: the cache directory)")
     parser.add_argument("--print-command", action="store_true", help="print what would run, and leave")
     parser.add_argument("--hash-key", action="store_true", help="make a key, print it and its hash, and leave")
-    parser.add_argument("--quiet", action="store_true", help="no progress, no log lines")
+    parser.add_argument("--log", action="store_true", help="a line of JSON for every request and event")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only warnings")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -121,6 +123,7 @@ def hashed(key: str) -> str:
 async def _main(config: ServeConfig, arguments: argparse.Namespace) -> int:
     from lowbit.gateway.app import make_app, serve
     from lowbit.gateway.launch import plan_tiers, printable
+    from lowbit.gateway.log import log_to
     from lowbit.gateway.pool import Pool
     from lowbit.gateway.prepare import cache_directory, prepare
 
@@ -132,6 +135,7 @@ async def _main(config: ServeConfig, arguments: argparse.Namespace) -> int:
             print(f"# {tier_id}: {plan.facts.engine}, {human_bytes(plan.policy.memory)}")
             print(printable(plan))
         return 0
+    log_to(level=logging.INFO if arguments.log else logging.WARNING)
     budget = config.memory if config.memory is not None else int(_SHARE * prepared.available)
     pool = Pool(config, plans, budget)
     app = make_app(pool, config)
@@ -142,7 +146,7 @@ async def _main(config: ServeConfig, arguments: argparse.Namespace) -> int:
         if event == "load_failed" and tier_id == only and not pool.engines():
             failures[tier_id] = str(details["reason"])
             serving.cancel()
-        elif not arguments.quiet and event in ("ready", "loading", "load_failed"):
+        elif not arguments.quiet and not arguments.log and event in ("ready", "loading", "load_failed"):
             print(f"{tier_id}: {event}", file=sys.stderr, flush=True)
 
     pool.subscribe(listen)

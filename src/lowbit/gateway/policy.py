@@ -197,7 +197,8 @@ class Snapshot:
 class Request:
     """What a client wants. ``tier`` names one; else ``precision`` is the least it takes, ``memory_limit`` the most
     bytes the tier may hold, ``speed`` prefers the fastest. ``priority``: higher goes first; waiting raises it.
-    ``arrived`` and ``deadline`` are times on the snapshot's clock; ``tokens_estimate`` covers prompt and answer.
+    ``arrived`` and ``deadline`` are times on the snapshot's clock; ``tokens_estimate`` covers prompt and answer;
+    ``stream`` says whether a first token will be seen before the whole answer.
     """
 
     model: str
@@ -209,6 +210,7 @@ class Request:
     tokens_estimate: int = 0
     arrived: float = 0.0
     deadline: float = INFINITY
+    stream: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,7 +267,8 @@ class Pool:
         incarnation = self._state.tiers[tier_id].incarnation
         lease = PoolLease(self, self._plans[tier_id], supervisor, incarnation, request)
         self.feed(learning.Started(tier_id, self._clock()))
-        self._unanswered[lease] = None
+        if request.stream:
+            self._unanswered[lease] = None
         if supervisor is not None:
             if not supervisor.busy:
                 supervisor.progress()
