@@ -81,7 +81,7 @@ def test_sliding_window() -> None:
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive whole number, not 0"),
         ({"vocab_size": "many"}, "vocab_size must be a positive whole number, not 'many'"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be"),
-        ({"intermediate_size": [1, 2]}, "intermediate_size must be"),
+        ({"intermediate_size": [1, -2]}, "intermediate_size must be"),
     ],
 )
 def test_unusable(change: dict[str, Any], message: str) -> None:
