@@ -187,6 +187,7 @@ class Relay:
             tokens_estimate=tokens,
             arrived=self.pool.now(),
             deadline=deadline,
+            stream=call.stream,
         )
 
     async def enter(self, exchange: _Exchange) -> Answer:
