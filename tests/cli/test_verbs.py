@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def test_help_of_every_verb(verb: str, lowbit: Callable[..., Any]) -> None:
 def test_examples_parse(verb: str) -> None:
     """What ``--help`` shows is accepted by the parser."""
     for line in VERBS[verb].EXAMPLES.splitlines():
-        command = line.split("#")[0].replace("'", "").split()
+        command = shlex.split(line, comments=True)
         assert command[0] == "lowbit"
         assert build_parser().parse_args(command[1:]).verb == verb
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 HELP = "talk with a GGUF model, through llama.cpp and the model's chat template"
 EXAMPLES = """\
   lowbit chat model-Q4_K_M.gguf
-  lowbit chat model.gguf --system "Answer in one sentence." --temperature 0.2
-  echo "Why is the sky blue?" | lowbit chat model.gguf"""
+  lowbit chat model.gguf --system "Answer in one sentence." --temperature 0.2"""
 
 _COMMANDS = "/exit ends, /clear forgets the conversation"
 

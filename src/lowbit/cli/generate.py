@@ -14,7 +14,7 @@ HELP = "continue a text with a GGUF model, through llama.cpp"
 EXAMPLES = """\
   lowbit generate model-Q4_K_M.gguf "The capital of France is"
   lowbit generate model.gguf "def fib(n):" --max-tokens 80 --temperature 0
-  cat prompt.txt | lowbit generate model.gguf - --seed 1 --json"""
+  lowbit generate model.gguf - --seed 1 --json    # the prompt from stdin"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

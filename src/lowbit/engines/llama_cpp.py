@@ -84,7 +84,8 @@ class LlamaCpp:
     """A GGUF model loaded into llama.cpp; close it, or use it as a context manager.
 
     ``context`` is in tokens (default: the model's own, at most :data:`DEFAULT_CONTEXT`), ``threads`` defaults to the
-    physical cores this process may use, ``gpu_layers`` to what fits on a GPU.
+    physical cores this process may use, ``gpu_layers`` to what fits on a GPU. With ``precise`` keys and values are kept
+    in float32 and attention is computed step by step, for comparisons.
 
     Raises :class:`UnsupportedError` when ``xllamacpp`` is not installed, the model is an encoder, or llama.cpp refuses
     it; :class:`CheckpointError` for a file that is missing, damaged or not GGUF.
@@ -97,13 +98,14 @@ class LlamaCpp:
         context: int | None = None,
         threads: int | None = None,
         gpu_layers: int | None = None,
+        precise: bool = False,
     ) -> None:
         _require_wheel()
         self.file = _open(Path(path))
         self.has_chat_template = "tokenizer.chat_template" in self.file.metadata
         self._key = secrets.token_hex(16)
         self._server: Any = _start(
-            self.file, self._key, self._context(context), threads or physical_cores(), gpu_layers
+            self.file, self._key, self._context(context), threads or physical_cores(), gpu_layers, precise=precise
         )
         self._address = urlsplit(self._server.listening_address)
         settings = self._call("GET", "/props")["default_generation_settings"]
@@ -289,7 +291,7 @@ def _open(path: Path) -> GgufFile:
     return file
 
 
-def _start(file: GgufFile, key: str, context: int, threads: int, gpu_layers: int | None) -> Any:
+def _start(file: GgufFile, key: str, context: int, threads: int, gpu_layers: int | None, *, precise: bool) -> Any:
     import xllamacpp
 
     def parameters(verbosity: int) -> Any:
@@ -302,6 +304,9 @@ def _start(file: GgufFile, key: str, context: int, threads: int, gpu_layers: int
         if gpu_layers is not None:
             found.n_gpu_layers = gpu_layers
             found.fit_params = False
+        if precise:
+            found.cache_type_k = found.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            found.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         found.warmup = False
         found.verbosity = verbosity
         found.port = 0

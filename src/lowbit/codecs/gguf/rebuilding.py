@@ -145,7 +145,7 @@ def _byte_level(stored: _Stored) -> Any:
     entry = find_pre_tokenizer(stored.pre)
     if entry is None:
         raise UnsupportedError(
-            f"the vocabulary's pre-tokenizer {stored.pre!r} is not one that lowbit knows: {', '.join(PRE_TOKENIZERS)}, and "
+            f"the pre-tokenizer {stored.pre!r} is none that lowbit knows: {', '.join(PRE_TOKENIZERS)}, and "
             "other names for them"
         )
     merges = []
