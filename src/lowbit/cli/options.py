@@ -14,7 +14,7 @@ FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "dense")
 """The names in the registries of methods and codecs, repeated here so that ``--help`` needs no torch; a test holds
 them together."""
 
-SOURCE_HELP = "a Hugging Face directory, a hub id (owner/name), or 'demo' for the model that comes with lowbit"
+SOURCE_HELP = "a Hugging Face directory, a .gguf file, a hub id (owner/name), or 'demo', the model that comes along"
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?", re.IGNORECASE)
 

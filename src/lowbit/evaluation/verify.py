@@ -228,6 +228,9 @@ def _tokenizer_findings(checkpoint: Checkpoint, trust_remote_code: bool) -> Iter
     except CheckpointError as error:
         yield Finding("error", where, str(error))
         return
+    except UnsupportedError as error:
+        yield Finding("note", where, f"tokenizer not checked: {error}")
+        return
     if size > vocabulary:
         message = f"the tokenizer has {size} ids, the embedding {vocabulary} rows: text with the last ones will fail"
         yield Finding("warning", where, message)
