@@ -1,0 +1,344 @@
+"""Quantizing to and converting to GGUF files: what is in them, what is refused, and that nothing half-written stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
+
+import lowbit
+from lowbit.checkpoint import read_manifest
+from lowbit.codecs import dense_names, module_plan, open_model, read_dense
+from lowbit.codecs.gguf.container import open_gguf
+from lowbit.codecs.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
+from lowbit.errors import CheckpointError, NumericsError, ResourceError, UnsupportedError, UsageError
+from lowbit.pipeline import gguf_stream
+from lowbit.pipeline.gguf import quantize_gguf
+from lowbit.pipeline.gguf_convert import convert
+from lowbit.pipeline.gguf_stream import read_ahead
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+TEXT = {"samples": 4, "seq_len": 64, "held_out_tokens": 0}
+
+
+@pytest.fixture(scope="session")
+def wide_llama(new_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose rows are whole super-blocks, stored as bfloat16. Read only."""
+    path = tmp_path_factory.mktemp("wide") / "model"
+    return new_checkpoint(path, dtype=torch.bfloat16, tie_word_embeddings=False, num_key_value_heads=2, **WIDE)
+
+
+def dense(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model by their names in Hugging Face's form, as float32."""
+    with open_model(path) as checkpoint:
+        plan = module_plan(checkpoint)
+        return {name: read_dense(checkpoint, plan, name).float() for name in dense_names(checkpoint, plan)}
+
+
+def test_a_mix_is_in_the_file_and_the_manifest(wide_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    result = quantize_gguf(wide_llama, out, scheme="q4_k_m", types=["attn_output=Q5_0"])
+    file = open_gguf(out)
+    kinds = {name: str(tensor.type) for name, tensor in file.tensors.items()}
+    assert kinds["output.weight"] == "Q6_K"
+    assert kinds["token_embd.weight"] == "Q4_K"
+    assert kinds["blk.1.attn_output.weight"] == "Q5_0"
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+    assert file.metadata["general.file_type"] == 15
+    assert file.metadata["general.quantization_version"] == 2
+    assert "quantize.imatrix.file" not in file.metadata
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.recipe == {"format": "gguf", "scheme": "Q4_K_M", "pure": False, "types": ["attn_output=Q5_0"]}
+    assert set(manifest.source["sha256"]) == {"config.json", "model.safetensors"}
+    assert list(manifest.files) == ["model.gguf"]
+    assert manifest.modules["model.layers.0.self_attn.o_proj"]["spec"] == "Q5_0"
+    with open_model(out) as checkpoint:
+        assert {name: str(entry.spec) for name, entry in module_plan(checkpoint).items()} == {
+            name: module["spec"] for name, module in manifest.modules.items()
+        }
+    assert (result.format, result.scheme, len(result.modules)) == ("gguf", "Q4_K_M", 16)
+    original, found = dense(wide_llama), dense(out)
+    for report in result.modules:
+        weight, decoded = original[f"{report.name}.weight"], found[f"{report.name}.weight"]
+        error = float((decoded - weight).square().sum() / weight.square().sum())
+        assert 0 < error < 0.01
+        assert report.weight_error == pytest.approx(error, rel=0.5)
+    again = tmp_path / "again.gguf"
+    quantize_gguf(wide_llama, again, scheme="q4_k_m", types=["attn_output=Q5_0"])
+    assert again.read_bytes() == out.read_bytes()
+    assert [finding for finding in lowbit.verify(out).findings if finding.severity == "error"] == []
+
+
+def test_slices_and_threads_change_nothing(wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize_gguf(wide_llama, tmp_path / "a.gguf", scheme="Q8_0")
+    monkeypatch.setattr(gguf_stream, "SLICE", 5000)
+    quantize_gguf(wide_llama, tmp_path / "b.gguf", scheme="Q8_0")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_importance_is_used(wide_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "auto.gguf"
+    result = quantize_gguf(wide_llama, out, scheme="Q4_K_M", imatrix="auto", calibration=calibration_file, **TEXT)
+    metadata = open_gguf(out).metadata
+    assert metadata["quantize.imatrix.dataset"] == "calibration.txt"
+    assert (metadata["quantize.imatrix.entries_count"], metadata["quantize.imatrix.chunks_count"]) == (14, 4)
+    assert result.calibration is not None
+    assert result.calibration["tokens"] == 256
+    lowbit.imatrix(wide_llama, tmp_path / "m.gguf", calibration=calibration_file, samples=4, seq_len=64)
+    quantize_gguf(wide_llama, tmp_path / "file.gguf", scheme="Q4_K_M", imatrix=tmp_path / "m.gguf")
+    quantize_gguf(wide_llama, tmp_path / "plain.gguf", scheme="Q4_K_M")
+    importance = read_imatrix(tmp_path / "m.gguf").importance("blk.0.ffn_down.weight", 1, 512)
+    assert importance is not None
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = dense(wide_llama)[name]
+    errors = {
+        kind: float(((dense(tmp_path / f"{kind}.gguf")[name] - weight).square() * torch.from_numpy(importance)).sum())
+        for kind in ("auto", "file", "plain")
+    }
+    assert errors["auto"] == errors["file"] < errors["plain"]
+
+
+def test_importance_that_is_missing_or_foreign(wide_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    with pytest.raises(UnsupportedError, match=r"IQ2_XS is worthless without .*--imatrix auto"):
+        quantize_gguf(wide_llama, out, scheme="IQ2_XS")
+    ones = {"blk.0.attn_q.weight": np.ones((1, 256), np.float32)}
+    counts = {name: np.ones(1, np.int64) for name in ones}
+    write_imatrix(tmp_path / "part.gguf", ImportanceMatrix(ones, counts))
+    with pytest.raises(UnsupportedError, match=r"has no entry for blk\.0\.attn_k\.weight"):
+        quantize_gguf(wide_llama, out, scheme="IQ2_XS", imatrix=tmp_path / "part.gguf")
+    result = quantize_gguf(wide_llama, out, scheme="Q4_0", imatrix=tmp_path / "part.gguf")
+    assert any("13 of 14 matrices are not in the importance matrix" in note for note in result.notes)
+    other = {"blk.0.attn_qkv.weight": np.ones((1, 256), np.float32)}
+    write_imatrix(tmp_path / "other.gguf", ImportanceMatrix(other, {name: np.ones(1, np.int64) for name in other}))
+    with pytest.raises(CheckpointError, match="it was made for another one"):
+        quantize_gguf(wide_llama, tmp_path / "x.gguf", imatrix=tmp_path / "other.gguf")
+    wrong = {"blk.0.attn_q.weight": np.ones((1, 128), np.float32)}
+    write_imatrix(tmp_path / "wrong.gguf", ImportanceMatrix(wrong, counts))
+    with pytest.raises(CheckpointError, match=r"wrong\.gguf: .*attn_q.weight has 128 values .*another model"):
+        quantize_gguf(wide_llama, tmp_path / "x.gguf", imatrix=tmp_path / "wrong.gguf")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"scheme": "Q4_KM"}, UsageError, "did you mean 'Q4_K_M'"),
+        ({"types": ["ffn_dwn=Q4_K"]}, UsageError, "matches no tensor"),
+        ({"types": ["ffn_down=Q4"]}, UsageError, "unknown type 'Q4'"),
+        ({"method": "gptq"}, UsageError, "--method has no meaning for a GGUF file"),
+        ({"symmetric": False}, UsageError, "--sym/--asym has no meaning"),
+        ({"group_size": 64}, UsageError, "--group-size has no meaning"),
+        ({"resume": True}, UsageError, "--resume has no meaning"),
+        ({"sampels": 3}, UsageError, "did you mean 'samples'"),
+        ({"imatrix": "absent.gguf"}, CheckpointError, "no such file"),
+        ({"imatrix": "auto", "calibration": "absent.txt"}, lowbit.LowbitError, "absent.txt"),
+    ],
+)
+def test_settings_that_cannot_work(
+    wide_llama: Path, tmp_path: Path, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        quantize_gguf(wide_llama, tmp_path / "out.gguf", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_cannot_be(wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"name it out\.gguf"):
+        lowbit.quantize(wide_llama, tmp_path / "out", scheme="Q4_K_M")
+    (tmp_path / "d.gguf").mkdir()
+    with pytest.raises(UsageError, match="is a directory"):
+        quantize_gguf(wide_llama, tmp_path / "d.gguf")
+    out = tmp_path / "out.gguf"
+    quantize_gguf(wide_llama, out, scheme="Q8_0")
+    with pytest.raises(UsageError, match="exists already"):
+        quantize_gguf(wide_llama, out)
+    with pytest.raises(UsageError, match="is the source itself"):
+        quantize_gguf(out, out, overwrite=True)
+    with pytest.raises(UsageError, match="--imatrix is for GGUF files"):
+        lowbit.quantize(wide_llama, tmp_path / "directory", imatrix="auto")
+    monkeypatch.setattr("lowbit.pipeline.gguf_output.free_disk", lambda path: 1000)
+    with pytest.raises(ResourceError, match="free some disk space"):
+        quantize_gguf(wide_llama, tmp_path / "big.gguf")
+
+
+@pytest.mark.parametrize("scheme", ["Q4_K_M", "F32", "F16"])
+def test_a_weight_that_is_not_finite_is_named(wide_llama: Path, tmp_path: Path, scheme: str) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(wide_llama, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 7] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        quantize_gguf(source, tmp_path / "out.gguf", scheme=scheme)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_weight_too_large_for_its_type_is_named(wide_llama: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(wide_llama, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 7] = 1e30
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    for scheme in ("F16", "Q8_0", "Q4_K_M"):
+        with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.* too large"):
+            quantize_gguf(source, tmp_path / "out.gguf", scheme=scheme)
+    quantize_gguf(source, tmp_path / "out.gguf", scheme="BF16")
+
+
+def test_split_files(wide_llama: Path, tmp_path: Path) -> None:
+    result = quantize_gguf(wide_llama, tmp_path / "m.gguf", scheme="Q8_0", split_bytes=1_000_000)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[:2] == ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    assert names[2:] == ["m.lowbit.json"]
+    assert result.out == tmp_path / names[0]
+    quantize_gguf(wide_llama, tmp_path / "whole.gguf", scheme="Q8_0")
+    split, whole = dense(result.out), dense(tmp_path / "whole.gguf")
+    assert all(torch.equal(split[name], whole[name]) for name in whole)
+    manifest = read_manifest(result.out)
+    assert manifest is not None
+    assert sorted(manifest.files) == names[:2]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3", "phi3", "gemma2", "gpt_neox"])
+def test_families(checkpoint_of: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
+    source, out = checkpoint_of(model_type), tmp_path / "model.gguf"
+    quantize_gguf(source, out, scheme="Q4_K_M")  # rows of 128: everything falls back
+    original, found = dense(source), dense(out)
+    for name, weight in found.items():
+        assert float((weight - original[name]).square().sum()) <= 0.01 * float(original[name].square().sum()), name
+    kinds = {str(tensor.type) for tensor in open_gguf(out).tensors.values()}
+    assert kinds <= {"F32", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "Q5_K", "Q5_1"}
+
+
+def test_the_certificate_is_in_the_manifest(wide_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    result = lowbit.quantize(
+        wide_llama, out, scheme="Q6_K", calibration=calibration_file, samples=4, seq_len=64, certify_tokens=128
+    )
+    assert result.quality is not None
+    assert 0 < result.quality["kl_divergence"] < 0.1
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.quality == json.loads(json.dumps(result.quality))
+
+
+def test_a_gguf_source_keeps_the_tensors_that_already_have_their_type(wide_llama: Path, tmp_path: Path) -> None:
+    quantize_gguf(wide_llama, tmp_path / "a.gguf", scheme="Q8_0")
+    quantize_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", scheme="Q8_0")
+    first, second = open_gguf(tmp_path / "a.gguf"), open_gguf(tmp_path / "b.gguf")
+    readers = [{t.name: t for t in GGUFReader(tmp_path / f"{name}.gguf").tensors} for name in "ab"]
+    assert all(np.array_equal(tensor.data, readers[1][name].data) for name, tensor in readers[0].items())
+    tokens = {key: value for key, value in first.metadata.items() if key.startswith("tokenizer.")}
+    assert tokens == {key: value for key, value in second.metadata.items() if key.startswith("tokenizer.")}
+    quantize_gguf(tmp_path / "a.gguf", tmp_path / "c.gguf", scheme="Q4_0")
+    assert str(open_gguf(tmp_path / "c.gguf").tensors["blk.0.attn_q.weight"].type) == "Q4_0"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "exact"),
+    [(None, "BF16", True), ("f32", "F32", True), ("f16", "F16", False), ("q8_0", "Q8_0", False)],
+)
+def test_dense_sources(wide_llama: Path, tmp_path: Path, dtype: str | None, kind: str, exact: bool) -> None:
+    out = tmp_path / "m.gguf"
+    result = convert(wide_llama, out, dtype=dtype)
+    assert (result.format, result.exact, result.modules) == ("gguf", exact, 0)
+    assert str(open_gguf(out).tensors["blk.0.attn_q.weight"].type) == kind
+    original, found = dense(wide_llama), dense(out)
+    assert set(original) == set(found)
+    for name, weight in original.items():
+        if exact:
+            assert torch.equal(found[name], weight), name
+        else:
+            assert torch.allclose(found[name], weight, atol=float(weight.abs().max()) / 100), name
+
+
+@pytest.mark.parametrize(
+    ("format", "settings", "kind", "exact"),
+    [
+        ("gptq", {"bits": 4, "group_size": 32}, "Q4_0", True),
+        ("gptq", {"bits": 4, "group_size": 128}, "Q4_0", True),
+        ("gptq", {"bits": 8, "group_size": 64}, "Q8_0", True),
+        ("awq", {"bits": 4, "group_size": 64, "symmetric": False}, "Q4_1", False),
+        ("compressed-tensors", {"bits": 8, "group_size": -1}, "Q8_0", True),
+        ("compressed-tensors", {"bits": 4, "group_size": 32, "symmetric": False}, "Q4_1", False),
+    ],
+)
+def test_grids_are_carried_over_code_by_code(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, format: str, settings: dict[str, Any], kind: str, exact: bool
+) -> None:
+    grid, out = tmp_path / "grid", tmp_path / "m.gguf"
+    lowbit.quantize(checkpoint_of("llama"), grid, method="rtn", format=format, certify_tokens=0, **settings)
+    result = convert(grid, out)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
+    assert tensors["blk.0.ffn_up.weight"].tensor_type.name == kind
+    expected = dense(grid)
+    up = tensors["blk.0.ffn_up.weight"]
+    decoded = torch.from_numpy(dequantize(up.data, up.tensor_type))
+    original, found = expected["model.layers.0.mlp.up_proj.weight"], dense(out)
+    if exact:
+        assert torch.equal(decoded, original)
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+        assert any("carried over as they are" in note for note in result.notes)
+    else:
+        assert torch.allclose(decoded, original, atol=float(original.abs().max()) * 2**-10)
+        assert any("rounded to float16" in note for note in result.notes)
+    assert (result.exact, result.modules, result.source_format) == (exact, 14, format)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.recipe["convert"]["scales"]["count"] > 0
+    assert [finding for finding in lowbit.verify(out).findings if finding.severity == "error"] == []
+
+
+def test_grids_that_do_not_fit(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
+    grid = tmp_path / "grid"
+    lowbit.quantize(
+        checkpoint_of("llama"), grid, method="rtn", bits=8, group_size=64, symmetric=False,
+        certify_tokens=0,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"no GGUF type holds 8 bits with a zero point.*lowbit quantize"):
+        convert(grid, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+    quantize_gguf(grid, tmp_path / "m.gguf", scheme="Q8_0")  # the way out
+
+
+def test_which_conversion_is_meant(wide_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="which --format"):
+        convert(wide_llama, tmp_path / "out")
+    with pytest.raises(UsageError, match="makes a directory"):
+        convert(wide_llama, tmp_path / "out.gguf", "gptq")
+    with pytest.raises(UsageError, match="--resume has no meaning"):
+        convert(wide_llama, tmp_path / "out.gguf", resume=True)
+    with pytest.raises(UsageError, match="unknown dtype 'int4'"):
+        convert(wide_llama, tmp_path / "out.gguf", dtype="int4")
+    with pytest.raises(UsageError, match="--split-size is for GGUF files"):
+        convert(wide_llama, tmp_path / "out", "dense", split_bytes=10)
+
+
+def test_reading_ahead_hands_errors_on_and_stops_with_its_reader() -> None:
+    produced = []
+
+    def items(count: int, fail: bool = False) -> Any:
+        for number in range(count):
+            produced.append(number)
+            yield number
+        if fail:
+            raise ValueError("at the end")
+
+    assert list(read_ahead(items(20), 2)) == list(range(20))
+    with pytest.raises(ValueError, match="at the end"):
+        list(read_ahead(items(3, fail=True), 2))
+    produced.clear()
+    reader = read_ahead(items(1000), 2)
+    assert next(reader) == 0
+    reader.close()  # type: ignore[attr-defined]
+    assert len(produced) < 10
