@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -14,6 +15,20 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 NO_TABLE = (np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.uint8))
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How wide to search.
+
+    ``candidates``  float32: the first steps to try for a group, as :mod:`lowbit.kernels.ggml.search` takes them
+    ``fractions``   float32: the first common steps to try for a super-block
+    ``passes``      how often the common steps are fitted
+    """
+
+    candidates: Floats
+    fractions: Floats
+    passes: int = 2
 
 
 def in_blocks(weight: Floats, importance: Floats | None, size: int) -> tuple[Floats, Floats]:
@@ -53,3 +68,8 @@ def four_bit_levels() -> tuple[Floats, Bytes]:
 def spans_of(high: int, factors: Sequence[float] | Floats, shares: Sequence[float]) -> Floats:
     """float32 ``[n, 2]``: every number of steps ``high * factor`` with every share of the excess cut off below."""
     return np.array([(high * factor, share) for factor in factors for share in shares], dtype=np.float32)
+
+
+def pairs(*values: tuple[float, float]) -> Floats:
+    """float32 ``[n, 2]``."""
+    return np.array(values, dtype=np.float32)

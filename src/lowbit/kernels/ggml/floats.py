@@ -37,13 +37,13 @@ def bf16(weight: Floats, importance: Floats | None) -> Bytes:
 
 def mxfp4(weight: Floats, importance: Floats | None) -> Bytes:
     """Power-of-two scale E8M0, codes E2M1."""
-    codes, chosen = _four_bit_floats(weight, importance, (32, 32), e8m0_halves()[:255], (2, 1))
+    codes, chosen = _four_bit_floats(weight, importance, (32, 32), e8m0_halves()[:255], (1, 0))
     return packing.as_rows(weight, chosen, packing.join_nibbles(codes, 16))
 
 
 def nvfp4(weight: Floats, importance: Floats | None) -> Bytes:
     """Four scales E4M3, four runs of codes E2M1."""
-    codes, chosen = _four_bit_floats(weight, importance, (64, 16), e4m3_halves()[:127], (8, 6))
+    codes, chosen = _four_bit_floats(weight, importance, (64, 16), e4m3_halves()[:127], (4, 6))
     return packing.as_rows(weight, chosen, packing.join_nibbles(codes, 8))
 
 

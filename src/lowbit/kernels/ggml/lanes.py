@@ -41,7 +41,7 @@ _SUBNORMAL = np.float32(2.0**-14)
 _ROUNDER = np.float32(0.75)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
-_TINY = np.float32(1e-30)
+_TINY = np.float32(1e-37)
 _POWERS = (2.0 ** np.arange(-120, 121)).astype(np.float32)
 _TABLE_MIDDLE = np.float32(256.0)
 
@@ -66,10 +66,10 @@ def load(weight: Any, importance: Any, first: int, size: int, x: Any, w: Any, st
             if importance.shape[0]:
                 _transpose(importance[block % importance.shape[0]], w, lane, size)
             # the greatest magnitude by its bits: an integer maximum vectorises
-            greatest = np.int32(0)
+            greatest: Any = np.int32(0)
             for bits in weight[block].view(np.int32):
                 greatest = max(greatest, bits & np.int32(0x7FFFFFFF))
-            exponent = min(max(np.int64(greatest >> 23) - 127, -100), 120) if greatest else 0
+            exponent = min(max(int(greatest >> 23) - 127, -100), 120) if greatest else 0
         else:
             for j in range(size):
                 for group in range(lane, lane + groups):

@@ -46,12 +46,22 @@ def ranges_and_codes(
 
 
 _PLACES_4 = both_signs(ladder(6.8, 9.6, 9), ladder(6.2, 8.4, 7))
-_PLACES_5 = both_signs(ladder(14.5, 18.0, 8), ladder(14.0, 16.5, 6))
+_PLACES_5 = (
+    both_signs(ladder(16.0, 16.7, 2), ladder(15.5, 15.5, 1)),
+    both_signs(ladder(14.5, 18.0, 8), ladder(14.0, 16.5, 6)),
+)
 _PLACES_8 = both_signs(ladder(127.0, 129.0, 3), ladder(126.0, 129.0, 4))
 _PLACES_NL = both_signs(ladder(95.0, 145.0, 11), ladder(88.0, 128.0, 9))
 _PLACES_TERNARY = np.geomspace(0.9, 5.0, 14).astype(np.float32)
-_SPANS_4 = spans_of(15, ladder(0.9, 1.3, 9), (0.2, 0.8))
-_SPANS_5 = spans_of(31, ladder(0.95, 1.15, 9), (0.2, 0.8))
+_SPANS_4 = (
+    spans_of(15, ladder(1.0, 1.08, 2), (0.5,)),
+    spans_of(15, ladder(0.8, 1.3, 12), (0.0, 0.5, 1.0)),
+)
+_SPANS_5 = (
+    spans_of(31, ladder(1.0, 1.04, 2), (0.5,)),
+    spans_of(31, ladder(0.92, 1.15, 12), (0.0, 0.5, 1.0)),
+)
+"""Fewer candidates without importance: ggml's own conversion does not search there, and is fast."""
 
 
 def q4_0(weight: Floats, importance: Floats | None) -> Bytes:
@@ -64,7 +74,7 @@ def q4_0(weight: Floats, importance: Floats | None) -> Bytes:
 
 def q5_0(weight: Floats, importance: Floats | None) -> Bytes:
     """Scale, fifth bits, codes of 4 bits."""
-    steps, codes = steps_and_codes(weight, importance, 32, (-16, 15), _PLACES_5, NO_TABLE)
+    steps, codes = steps_and_codes(weight, importance, 32, (-16, 15), _PLACES_5[importance is not None], NO_TABLE)
     return packing.as_rows(
         weight, packing.half_bytes(steps), packing.fifth_bits(codes), packing.join_nibbles(codes, 16)
     )
@@ -98,14 +108,14 @@ def tq2_0(weight: Floats, importance: Floats | None) -> Bytes:
 
 def q4_1(weight: Floats, importance: Floats | None) -> Bytes:
     """Scale, minimum, codes of 4 bits."""
-    steps, offsets, codes = ranges_and_codes(weight, importance, 15, _SPANS_4)
+    steps, offsets, codes = ranges_and_codes(weight, importance, 15, _SPANS_4[importance is not None])
     halves = (packing.half_bytes(steps), packing.half_bytes(offsets))
     return packing.as_rows(weight, *halves, packing.join_nibbles(codes, 16))
 
 
 def q5_1(weight: Floats, importance: Floats | None) -> Bytes:
     """Scale, minimum, fifth bits, codes of 4 bits."""
-    steps, offsets, codes = ranges_and_codes(weight, importance, 31, _SPANS_5)
+    steps, offsets, codes = ranges_and_codes(weight, importance, 31, _SPANS_5[importance is not None])
     halves = (packing.half_bytes(steps), packing.half_bytes(offsets))
     return packing.as_rows(weight, *halves, packing.fifth_bits(codes), packing.join_nibbles(codes, 16))
 

@@ -31,7 +31,7 @@ def join_nibbles(codes: Bytes, half_run: int) -> Bytes:
 def join_pairs(codes: Bytes) -> Bytes:
     """uint8 ``[n, codes / 4]``: the low 2 bits of four runs of 32 codes in a byte each."""
     runs = codes.reshape(len(codes), -1, 4, 32) & np.uint8(3)
-    joined = (
+    joined: Bytes = (
         runs[:, :, 0] | (runs[:, :, 1] << np.uint8(2)) | (runs[:, :, 2] << np.uint8(4)) | (runs[:, :, 3] << np.uint8(6))
     )
     return joined.reshape(len(codes), -1)
