@@ -10,6 +10,7 @@ import ipaddress
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from lowbit.errors import UsageError
@@ -29,6 +30,7 @@ def hash_key(key: str) -> str:
     return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
 
 
+@lru_cache(256)
 def is_loopback(host: str) -> bool:
     """Whether an address to bind is reachable from this machine only."""
     if host == "localhost":

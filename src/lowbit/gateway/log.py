@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from functools import lru_cache
 from typing import Any, TextIO
 
 __all__ = ["LOGGER", "JsonLines", "log_event", "log_to"]
@@ -18,9 +19,8 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line; a traceback goes into the field ``traceback``."""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "time": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "event": record.getMessage(),
             **getattr(record, "fields", {}),
@@ -30,11 +30,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+@lru_cache(4)
+def _second(moment: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
+
+
 def log_event(event: str, level: int = logging.INFO, **fields: Any) -> None:
     """Log ``event`` with its fields; those that are None or empty are left out."""
     if LOGGER.isEnabledFor(level):
         kept = {key: value for key, value in fields.items() if value not in (None, "", [])}
-        LOGGER.log(level, event, extra={"fields": kept})
+        record = logging.LogRecord(LOGGER.name, level, "", 0, event, (), None)  # logging would look for the caller
+        record.fields = kept
+        LOGGER.handle(record)
 
 
 def log_to(stream: TextIO = sys.stderr, level: int = logging.INFO) -> logging.Handler:
