@@ -137,7 +137,7 @@ def _gguf(tier: TierConfig, source: Path, say: Callable[[str], None]) -> Path:
     out = _cached(source, f"{scheme}.gguf", say)
     if not out.exists():
         say(f"writing it as GGUF {scheme} once, to {out}")
-        lowbit.quantize(str(source), str(out), scheme=scheme)
+        lowbit.quantize(str(tier.path), str(out), scheme=scheme)
     return out
 
 
@@ -160,7 +160,7 @@ def _quantized_directory(tier: TierConfig, source: Path, say: Callable[[str], No
     out = _cached(source, scheme, say)
     if not out.exists():
         say(f"quantizing it to {scheme} once, to {out}")
-        lowbit.quantize(str(source), str(out), scheme=scheme)
+        lowbit.quantize(str(tier.path), str(out), scheme=scheme)
     return out
 
 
