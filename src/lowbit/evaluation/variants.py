@@ -115,6 +115,8 @@ def _quantized(model: HeaderModel, spec: IntSpec, format: str) -> Variant:
         hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(CODECS)}"
         raise UsageError(f"--format {format}: {hint}")
     variant = Variant(str(spec), format, float(spec.bits))
+    if format == "dense":
+        return replace(variant, problem="dense files hold floats, whatever they were rounded to: see --scheme bf16")
     recipe = Recipe(scheme=str(spec), method="rtn", format=format)
     try:
         entries = resolve(recipe, model.linears, fused_groups(list(model.linears)), methods=METHODS)
