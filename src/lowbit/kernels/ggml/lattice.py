@@ -35,9 +35,9 @@ _WIDER = 6
 _TRIALS = 16
 _LEAST_SHARE, _MOST_SHARE = 0.8, 1.1
 _DELTA = 0.125
+_B, _LEAST, _A = 0, 1, 2
 _LEFT, _RIGHT, _BYTE = np.uint32(16), np.uint32(24), np.uint32(255)
 _TOO_LARGE = 1e30
-_ROUNDS = 1
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
 
 
@@ -101,7 +101,7 @@ def search(
     _search(
         weight,
         np.ones(columns, np.float32) if importance is None else importance,
-        (table.levels, table.halves, table.points, table.order, table.start, table.neighbours),
+        (table.levels[1:] + table.levels[:-1], table.halves, table.points, table.order, table.start, table.neighbours),
         (layout.unit, layout.guess, layout.ratio),
         (
             table.width,
@@ -119,29 +119,36 @@ def search(
 
 @_jit  # type: ignore[untyped-decorator]
 def _best_point(
-    scale: Any, cell: int, flip: bool, exact: bool, sum_a: Any, sum_b: Any, least: Any, codebook: Any, gain: Any
+    scale: Any,
+    run: int,
+    t: int,
+    cell: int,
+    flip: bool,
+    exact: bool,
+    order: Any,
+    start: Any,
+    neighbours: Any,
+    tables: Any,
+    gain: Any,
 ) -> tuple[Any, Any]:
-    """The point of a run that takes most off the error at ``scale``, and how much; ``flip``: a sign must change.
-
-    ``sum_a``, ``sum_b`` and ``least`` are the run's, the patterns of its left half before those of its right.
-    """
-    order, start, neighbours = codebook[3], codebook[4], codebook[5]
+    """The point of a run that takes most off the error at ``scale``, and how much; ``flip``: a sign must change."""
     patterns = len(start) - 1
+    right = np.uint32(patterns)
     twice, square = np.float32(2.0) * scale, scale * scale
+    turned = np.float32(2.0) * twice
     for i in range(2 * patterns):
-        gain[i] = twice * sum_b[i] - square * sum_a[i]
+        gain[i] = twice * tables[_B, run, i] - square * tables[_A + t, run, i]
     best, point = np.float32(-np.inf), np.uint32(0)
     first = cell * NEIGHBOURS
     if flip:
         for k in range(first, first + NEIGHBOURS):
-            a, b = neighbours[k] >> _LEFT & _BYTE, (neighbours[k] >> _RIGHT) + np.uint32(patterns)
-            value = gain[a] + gain[b] - np.float32(2.0) * twice * min(least[a], least[b])
+            a, b = neighbours[k] >> _LEFT & _BYTE, (neighbours[k] >> _RIGHT) + right
+            value = gain[a] + gain[b] - turned * min(tables[_LEAST, run, a], tables[_LEAST, run, b])
             if value > best:
                 best, point = value, neighbours[k]
     else:
         for k in range(first, first + NEIGHBOURS):
-            a, b = neighbours[k] >> _LEFT & _BYTE, (neighbours[k] >> _RIGHT) + np.uint32(patterns)
-            value = gain[a] + gain[b]
+            value = gain[neighbours[k] >> _LEFT & _BYTE] + gain[(neighbours[k] >> _RIGHT) + right]
             if value > best:
                 best, point = value, neighbours[k]
     if exact:
@@ -151,112 +158,184 @@ def _best_point(
         for i in range(patterns):
             if gain[i] + top > best:
                 for k in range(start[i], start[i + 1]):
-                    b = (order[k] >> _RIGHT) + np.uint32(patterns)
+                    b = (order[k] >> _RIGHT) + right
                     value = gain[i] + gain[b]
                     if flip:
-                        value -= np.float32(2.0) * twice * min(least[i], least[b])
+                        value -= turned * min(tables[_LEAST, run, i], tables[_LEAST, run, b])
                     if value > best:
                         best, point = value, order[k]
     return best, point
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _cell(x: Any, first: int, inverse: Any, delta: Any, levels: Any, width: int, magnitudes: bool) -> int:
+def _cell(x: Any, first: int, inverse: Any, delta: Any, thresholds: Any, width: int, magnitudes: bool) -> int:
     """The combination of halves nearest to ``width`` weights from ``first`` on, times ``inverse``, less ``delta``."""
     cell, place = 0, 1
     for j in range(first, first + width):
         value = x[j] * inverse - delta
         if magnitudes:
             value = abs(value)
+        value += value
         digit = 0
-        for level in range(len(levels) - 1):
-            digit += np.int64(value + value > levels[level] + levels[level + 1])
+        for threshold in thresholds:
+            digit += np.int64(value > threshold)
         cell += place * digit
-        place *= len(levels)
+        place *= len(thresholds) + 1
     return cell
 
 
 @_jit  # type: ignore[untyped-decorator]
 def _code_run(
-    run: int, t: int, flip: bool, exact: bool, scales: Any, shape: Any, codebook: Any, tables: Any, gain: Any, out: Any
+    run: int,
+    t: int,
+    flip: bool,
+    exact: bool,
+    count: int,
+    slot: int,
+    shape: Any,
+    x: Any,
+    scales: Any,
+    thresholds: Any,
+    order: Any,
+    start: Any,
+    neighbours: Any,
+    tables: Any,
+    total: Any,
+    gain: Any,
+    out: Any,
 ) -> Any:
-    """:func:`_best_point` of a run at every one of ``scales``, with the codebook shifted up (``t`` 0) or down.
+    """:func:`_best_point` of a run at each of ``count`` scales, with the codebook shifted up (``t`` 0) or down.
 
-    ``out`` ``[scales, 3]`` receives what is taken off, A and B; returned is the point for the last scale.
+    ``out[slot, k]`` receives what is taken off, A and B; returned is the point for the last scale.
     """
-    x, sum_a, sum_b, least, total, _ = tables
     width, magnitudes, shifts = shape[0], shape[3], shape[5]
-    patterns = np.uint32(len(codebook[4]) - 1)
+    patterns = np.uint32(len(start) - 1)
     delta = np.float32(0.0)
     if shifts == 2:
         delta = np.float32(_DELTA) if t == 0 else np.float32(-_DELTA)
-    run_a, run_b, run_least = sum_a[t, run], sum_b[run], least[run]
+    shift = delta * total[run]
     point = np.uint32(0)
-    for k in range(len(scales)):
-        cell = _cell(x, run * width, np.float32(1.0) / scales[k], delta, codebook[0], width, magnitudes)
-        value, point = _best_point(scales[k], cell, flip, exact, run_a, run_b, run_least, codebook, gain)
+    for k in range(count):
+        cell = _cell(x, run * width, np.float32(1.0) / scales[k], delta, thresholds, width, magnitudes)
+        value, point = _best_point(scales[k], run, t, cell, flip, exact, order, start, neighbours, tables, gain)
         left, right = point >> _LEFT & _BYTE, (point >> _RIGHT) + patterns
-        b = run_b[left] + run_b[right] + delta * total[run]
+        b = tables[_B, run, left] + tables[_B, run, right] + shift
         if flip:
-            b -= np.float32(2.0) * min(run_least[left], run_least[right])
-        out[k, 0] = value + np.float32(2.0) * scales[k] * delta * total[run]
-        out[k, 1] = run_a[left] + run_a[right]
-        out[k, 2] = b
+            b -= np.float32(2.0) * min(tables[_LEAST, run, left], tables[_LEAST, run, right])
+        out[slot, k, 0] = value + np.float32(2.0) * scales[k] * shift
+        out[slot, k, 1] = tables[_A + t, run, left] + tables[_A + t, run, right]
+        out[slot, k, 2] = b
     return point
 
 
 @_jit  # type: ignore[untyped-decorator]
 def _code(
-    scales: Any, first: int, runs: int, exact: bool, shape: Any, codebook: Any, tables: Any, scratch: Any, sums: Any
+    sub: int,
+    count: int,
+    exact: bool,
+    shape: Any,
+    x: Any,
+    scales: Any,
+    thresholds: Any,
+    order: Any,
+    start: Any,
+    neighbours: Any,
+    tables: Any,
+    total: Any,
+    odd: Any,
+    gain: Any,
+    out: Any,
+    point: Any,
+    shifted: Any,
+    flipped: Any,
+    sums: Any,
+    at: int,
 ) -> None:
-    """Code ``runs`` runs from ``first`` on at every one of ``scales``; their A and B go to ``sums`` ``[scales, 2]``.
+    """Code a sub-block at each of ``count`` scales; their A and B go to ``sums[sub, at + k]``.
 
-    The codes for the last scale are left in ``scratch``; ``flipped`` is set for the run in which a sign must change.
+    The codes for the last scale are left in ``point``, ``shifted`` and ``flipped``, which is set for the run in which a
+    sign must change.
     """
-    odd = tables[5]
-    gain, out, both, point, shifted, flipped = scratch
     even, shifts, shared = shape[4], shape[5], shape[6]
+    runs = shape[1] // shape[0]
     step = 8 // shape[0] if even else 1
-    last = len(scales) - 1
-    both[:, : last + 1] = 0.0
-    for run in range(first, first + runs, step):
+    for k in range(count):
+        for t in range(2):
+            out[4 + t, k, 1] = out[4 + t, k, 2] = np.float32(0.0)
+    for run in range(sub * runs, sub * runs + runs, step):
         must = even and odd[run // step]
         if must and step == 2:
             # one of the two runs of four gives up a sign
-            p0 = _code_run(run, 0, False, exact, scales, shape, codebook, tables, gain, out[0])
-            p1 = _code_run(run + 1, 0, False, exact, scales, shape, codebook, tables, gain, out[1])
-            q0 = _code_run(run, 0, True, exact, scales, shape, codebook, tables, gain, out[2])
-            q1 = _code_run(run + 1, 0, True, exact, scales, shape, codebook, tables, gain, out[3])
-            for k in range(last + 1):
-                flip = 0 if out[2, k, 0] + out[1, k, 0] > out[0, k, 0] + out[3, k, 0] else 1
-                both[0, k, 0] += out[2 + flip, k, 1] + out[1 - flip, k, 1]
-                both[0, k, 1] += out[2 + flip, k, 2] + out[1 - flip, k, 2]
-                flipped[run], flipped[run + 1] = flip == 0, flip == 1
-            point[0, run] = q0 if flipped[run] else p0
-            point[0, run + 1] = p1 if flipped[run] else q1
+            for slot in range(4):
+                point[slot // 2, run + slot % 2] = _code_run(
+                    run + slot % 2,
+                    0,
+                    slot >= 2,
+                    exact,
+                    count,
+                    slot,
+                    shape,
+                    x,
+                    scales,
+                    thresholds,
+                    order,
+                    start,
+                    neighbours,
+                    tables,
+                    total,
+                    gain,
+                    out,
+                )
+            for k in range(count):
+                side = 0 if out[2, k, 0] + out[1, k, 0] > out[0, k, 0] + out[3, k, 0] else 1
+                for i in range(1, 3):
+                    out[4, k, i] += out[2 + side, k, i] + out[1 - side, k, i]
+                flipped[run], flipped[run + 1] = side == 0, side == 1
+            for u in range(run, run + 2):
+                if flipped[u]:
+                    point[0, u] = point[1, u]
         else:
             for u in range(run, run + step):
                 flipped[u] = must
                 for t in range(shifts):
-                    point[t, u] = _code_run(u, t, must, exact, scales, shape, codebook, tables, gain, out[t])
-                for k in range(last + 1):
+                    point[t, u] = _code_run(
+                        u,
+                        t,
+                        must,
+                        exact,
+                        count,
+                        t,
+                        shape,
+                        x,
+                        scales,
+                        thresholds,
+                        order,
+                        start,
+                        neighbours,
+                        tables,
+                        total,
+                        gain,
+                        out,
+                    )
+                for k in range(count):
                     if shared:
                         for t in range(shifts):
-                            both[t, k, 0] += out[t, k, 1]
-                            both[t, k, 1] += out[t, k, 2]
+                            for i in range(1, 3):
+                                out[4 + t, k, i] += out[t, k, i]
                     else:
                         t = 1 if shifts == 2 and out[1, k, 0] > out[0, k, 0] else 0
-                        both[0, k, 0] += out[t, k, 1]
-                        both[0, k, 1] += out[t, k, 2]
+                        for i in range(1, 3):
+                            out[4, k, i] += out[t, k, i]
                         shifted[u] = t
-    for k in range(last + 1):
+    for k in range(count):
         t = 0
         if shared:
-            down = np.float32(2.0) * scales[k] * both[1, k, 1] - scales[k] * scales[k] * both[1, k, 0]
-            t = 1 if down > np.float32(2.0) * scales[k] * both[0, k, 1] - scales[k] * scales[k] * both[0, k, 0] else 0
-            for u in range(first, first + runs):
+            twice, square = np.float32(2.0) * scales[k], scales[k] * scales[k]
+            up, down = twice * out[4, k, 2] - square * out[4, k, 1], twice * out[5, k, 2] - square * out[5, k, 1]
+            t = 1 if down > up else 0
+            for u in range(sub * runs, sub * runs + runs):
                 shifted[u] = t
-        sums[k, 0], sums[k, 1] = both[t, k, 0], both[t, k, 1]
+        sums[sub, at + k, 0], sums[sub, at + k, 1] = out[4 + t, k, 1], out[4 + t, k, 2]
 
 
 @_jit  # type: ignore[untyped-decorator]
@@ -268,71 +347,30 @@ def _half(value: Any) -> Any:
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _scan(
-    middle: Any,
-    ratio: Any,
-    first: int,
-    runs: int,
-    shape: Any,
-    codebook: Any,
-    tables: Any,
-    scratch: Any,
-    scales: Any,
-    sums: Any,
-) -> tuple[Any, int]:
-    """Code a sub-block at scales around ``middle``, and beyond as long as that helps; the best and how many.
-
-    ``sums`` ``[_SCANS + _WIDER + _ROUNDS, 2]`` receives the A and B found.
-    """
-    half = _SCANS // 2
-    for k in range(_SCANS):
-        scales[k] = middle * ratio ** np.float32(k - half)
-    _code(scales[:_SCANS], first, runs, False, shape, codebook, tables, scratch, sums)
-    count = _SCANS
-    best, best_scale, at = np.float32(0.0), np.float32(0.0), half
-    for k in range(_SCANS):
-        value, scale = _refitted(sums[k])
-        if value > best:
-            best, best_scale, at = value, scale, k
-    if at == 0 or at == _SCANS - 1:
-        factor = ratio if at > 0 else np.float32(1.0) / ratio
-        scales[0] = scales[at]
-        while count < _SCANS + _WIDER:
-            scales[0] *= factor
-            _code(scales[:1], first, runs, False, shape, codebook, tables, scratch, sums[count : count + 1])
-            value, scale = _refitted(sums[count])
-            count += 1
-            if not value > best:
-                break
-            best, best_scale = value, scale
-    return best_scale, count
-
-
-@_jit  # type: ignore[untyped-decorator]
-def _refitted(sums: Any) -> tuple[Any, Any]:
+def _refitted(a: Any, b: Any) -> tuple[Any, Any]:
     """What codes with these A and B take off under their best scale, and that scale."""
-    a, b = sums[0], sums[1]
     if a > 0 and b > 0:
         return b * b / a, b / a
     return np.float32(0.0), np.float32(0.0)
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _priced(scale: Any, sums: Any, count: int) -> Any:
+def _priced(scale: Any, sums: Any, sub: int, count: int) -> Any:
     """What the best of the ``count`` codings found takes off the error at ``scale``."""
     best = np.float32(-np.inf)
+    twice, square = np.float32(2.0) * scale, scale * scale
     for k in range(count):
-        best = max(best, np.float32(2.0) * scale * sums[k, 1] - scale * scale * sums[k, 0])
+        best = max(best, twice * sums[sub, k, 1] - square * sums[sub, k, 0])
     return best
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _number(scale: Any, wanted: Any, steps: int, sums: Any, count: int) -> tuple[int, Any]:
+def _number(scale: Any, wanted: Any, steps: int, sums: Any, sub: int, count: int) -> tuple[int, Any]:
     """The scale number that serves a sub-block best where number 0 is ``scale``, and what it takes off."""
     low = int(min(max((wanted / scale - np.float32(1.0)) * np.float32(0.5), np.float32(0.0)), np.float32(steps - 1)))
-    value = _priced(scale * np.float32(2 * low + 1), sums, count)
+    value = _priced(scale * np.float32(2 * low + 1), sums, sub, count)
     if low + 1 < steps:
-        above = _priced(scale * np.float32(2 * low + 3), sums, count)
+        above = _priced(scale * np.float32(2 * low + 3), sums, sub, count)
         if above > value:
             return low + 1, above
     return low, value
@@ -349,8 +387,8 @@ def _block_scale(unit: Any, steps: int, wanted: Any, sums: Any, counts: Any) -> 
         if scale != last:
             last = scale
             value = np.float32(0.0)
-            for s in range(len(wanted)):
-                value += _number(scale, wanted[s], steps, sums[s], counts[s])[1]
+            for sub in range(len(wanted)):
+                value += _number(scale, wanted[sub], steps, sums, sub, counts[sub])[1]
             if value > best:
                 best, best_scale = value, scale
     return best_scale
@@ -358,105 +396,157 @@ def _block_scale(unit: Any, steps: int, wanted: Any, sums: Any, counts: Any) -> 
 
 @_jit  # type: ignore[untyped-decorator]
 def _encode(
-    importance: Any, shape: Any, constants: Any, codebook: Any, tables: Any, scratch: Any, lists: Any, kept: Any
+    importance: Any, shape: Any, constants: Any, x: Any, codebook: Any, known: Any, scratch: Any, kept: Any
 ) -> Any:
     """Code a block into ``kept``; return its scale as a float32 that float16 holds exactly."""
-    x = tables[0]
-    point, shifted, flipped = scratch[3], scratch[4], scratch[5]
-    wanted, sums, counts, number, scales = lists
+    thresholds, _, _, order, start, neighbours = codebook
+    tables, total, odd = known
+    gain, out, point, shifted, flipped, wanted, sums, counts, number, scales = scratch
     unit, guess, ratio = np.float32(constants[0]), np.float32(constants[1]), np.float32(constants[2])
-    sub, steps = shape[1], shape[2]
-    subs, runs = BLOCK // sub, sub // shape[0]
-    for s in range(subs):
+    size, steps = shape[1], shape[2]
+    subs = BLOCK // size
+    for sub in range(subs):
         energy = mass = np.float32(0.0)
-        for j in range(s * sub, (s + 1) * sub):
+        for j in range(sub * size, (sub + 1) * size):
             energy += importance[j] * x[j] * x[j]
             mass += importance[j]
         if not energy < _TOO_LARGE:
             return np.float32(np.inf)
         middle = guess * np.sqrt(energy / mass)
+        wanted[sub] = 0.0
+        count = _SCANS if middle > 0 else 1
+        scales[0] = 1.0
         if middle > 0:
-            wanted[s], counts[s] = _scan(
-                middle, ratio, s * runs, runs, shape, codebook, tables, scratch, scales, sums[s]
+            for k in range(_SCANS):
+                scales[k] = middle * ratio ** np.float32(k - _SCANS // 2)
+        at, edge, best = 0, 0, np.float32(0.0)
+        while count > 0:
+            # scales around the middle together; beyond, where the best is at the edge, one at a time
+            _code(
+                sub,
+                count,
+                False,
+                shape,
+                x,
+                scales,
+                thresholds,
+                order,
+                start,
+                neighbours,
+                tables,
+                total,
+                odd,
+                gain,
+                out,
+                point,
+                shifted,
+                flipped,
+                sums,
+                at,
             )
-        else:
-            wanted[s], counts[s] = np.float32(0.0), 1
-            scales[0] = 1.0
-            _code(scales[:1], s * runs, runs, False, shape, codebook, tables, scratch, sums[s])
+            where = -1
+            for k in range(count):
+                value, scale = _refitted(sums[sub, at + k, 0], sums[sub, at + k, 1])
+                if value > best:
+                    best, wanted[sub], where = value, scale, k
+            at += count
+            if edge == 0:
+                edge = -1 if where == 0 else 1 if where == _SCANS - 1 else 0
+            count = 1 if where >= 0 and edge != 0 and at < _SCANS + _WIDER else 0
+            if count:
+                scales[0] = scales[where] * (ratio if edge > 0 else np.float32(1.0) / ratio)
+        counts[sub] = at
     scale = _block_scale(unit, steps, wanted, sums, counts)
+    if not scale > 0:
+        return np.float32(0.0)
+    all_a = all_b = np.float32(0.0)
+    for sub in range(subs):
+        number[sub] = _number(scale, wanted[sub], steps, sums, sub, counts[sub])[0]
+        factor = np.float32(2 * number[sub] + 1)
+        scales[0] = scale * factor
+        _code(
+            sub,
+            1,
+            True,
+            shape,
+            x,
+            scales,
+            thresholds,
+            order,
+            start,
+            neighbours,
+            tables,
+            total,
+            odd,
+            gain,
+            out,
+            point,
+            shifted,
+            flipped,
+            sums,
+            counts[sub],
+        )
+        all_a += factor * factor * sums[sub, counts[sub], 0]
+        all_b += factor * sums[sub, counts[sub], 1]
     best, best_scale = np.float32(0.0), np.float32(0.0)
-    for _ in range(_ROUNDS):
-        if not scale > 0:
-            break
-        all_a = all_b = np.float32(0.0)
-        for s in range(subs):
-            number[s] = _number(scale, wanted[s], steps, sums[s], counts[s])[0]
-            factor = np.float32(2 * number[s] + 1)
-            scales[0] = scale * factor
-            last = counts[s]
-            _code(scales[:1], s * runs, runs, True, shape, codebook, tables, scratch, sums[s, last:])
-            counts[s] += 1
-            all_a += factor * factor * sums[s, last, 0]
-            all_b += factor * sums[s, last, 1]
-        refitted = _half(all_b / all_a / unit) * unit
-        improved = False
-        for candidate in (scale, refitted):
-            value = np.float32(2.0) * candidate * all_b - candidate * candidate * all_a
-            if value > best:
-                best, best_scale, improved = value, candidate, True
-        if improved:
-            kept[1][:], kept[2][:], kept[3][:] = shifted, flipped, number
-            for u in range(len(shifted)):
-                kept[0][u] = point[shifted[u], u]
-        if refitted == scale:
-            break
-        scale = refitted
+    for candidate in (scale, _half(all_b / all_a / unit) * unit):
+        value = np.float32(2.0) * candidate * all_b - candidate * candidate * all_a
+        if value > best:
+            best, best_scale = value, candidate
+    if best > 0:
+        kept[1][:], kept[2][:], kept[3][:] = shifted, flipped, number
+        for u in range(len(shifted)):
+            kept[0][u] = point[shifted[u], u]
     return best_scale / unit
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _half_sums(values: Any, first: int, halves: Any, out: Any, begin: int) -> None:
-    """``out[begin + p]`` = sum over the coordinates of half pattern ``p``, each times its weight's value."""
+def _half_sums(values: Any, first: int, halves: Any, out: Any, kind: int, run: int, begin: int) -> None:
+    """``out[kind, run, begin + p]`` = sum over the coordinates of half pattern ``p``, each times its weight's value."""
+    at, patterns = np.uint64(begin), np.uint64(halves.shape[1])
     if len(halves) == 4:
         v0, v1, v2, v3 = values[first], values[first + 1], values[first + 2], values[first + 3]
-        for p in range(halves.shape[1]):
-            out[begin + p] = v0 * halves[0, p] + v1 * halves[1, p] + (v2 * halves[2, p] + v3 * halves[3, p])
+        for p in range(patterns):
+            out[kind, run, at + p] = v0 * halves[0, p] + v1 * halves[1, p] + (v2 * halves[2, p] + v3 * halves[3, p])
     else:
         v0, v1 = values[first], values[first + 1]
-        for p in range(halves.shape[1]):
-            out[begin + p] = v0 * halves[0, p] + v1 * halves[1, p]
+        for p in range(patterns):
+            out[kind, run, at + p] = v0 * halves[0, p] + v1 * halves[1, p]
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _half_least(values: Any, first: int, halves: Any, out: Any, begin: int) -> None:
-    """``out[begin + p]`` = the least of the coordinates of half pattern ``p``, each times its weight's value."""
+def _half_least(values: Any, first: int, halves: Any, out: Any, kind: int, run: int, begin: int) -> None:
+    """``out[kind, run, begin + p]`` = the least of the coordinates of ``p``, each times its weight's value."""
+    at, patterns = np.uint64(begin), np.uint64(halves.shape[1])
     if len(halves) == 4:
         v0, v1, v2, v3 = values[first], values[first + 1], values[first + 2], values[first + 3]
-        for p in range(halves.shape[1]):
-            out[begin + p] = min(min(v0 * halves[0, p], v1 * halves[1, p]), min(v2 * halves[2, p], v3 * halves[3, p]))
+        for p in range(patterns):
+            low, high = min(v0 * halves[0, p], v1 * halves[1, p]), min(v2 * halves[2, p], v3 * halves[3, p])
+            out[kind, run, at + p] = min(low, high)
     else:
         v0, v1 = values[first], values[first + 1]
-        for p in range(halves.shape[1]):
-            out[begin + p] = min(v0 * halves[0, p], v1 * halves[1, p])
+        for p in range(patterns):
+            out[kind, run, at + p] = min(v0 * halves[0, p], v1 * halves[1, p])
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _tabulate_columns(importance: Any, halves: Any, shifts: int, sum_a: Any) -> None:
+def _tabulate_columns(importance: Any, halves: Any, shifts: int, tables: Any) -> None:
     """The sums over halves that depend on the importance of a block's columns only."""
     half, patterns = halves.shape
     for t in range(shifts):
         squares = halves * halves
         if shifts == 2:
             squares = (halves + np.float32(_DELTA if t == 0 else -_DELTA)) ** 2
-        for run in range(sum_a.shape[1]):
+        for run in range(tables.shape[1]):
             for side in range(2):
-                _half_sums(importance, (2 * run + side) * half, squares, sum_a[t, run], side * patterns)
+                _half_sums(importance, (2 * run + side) * half, squares, tables, _A + t, run, side * patterns)
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _tabulate(importance: Any, halves: Any, shape: Any, tables: Any, product: Any) -> None:
+def _tabulate(
+    importance: Any, halves: Any, shape: Any, x: Any, tables: Any, total: Any, odd: Any, product: Any
+) -> None:
     """The sums over halves that depend on a block's weights, and which runs have an odd number of minus signs."""
-    x, _, sum_b, least, total, odd = tables
     width, magnitudes, even = shape[0], shape[3], shape[4]
     half, patterns = halves.shape
     for j in range(BLOCK):
@@ -466,11 +556,10 @@ def _tabulate(importance: Any, halves: Any, shape: Any, tables: Any, product: An
         for j in range(run * width, run * width + width):
             whole += product[j]
         total[run] = whole
-        run_b, run_least = sum_b[run], least[run]
         for side in range(2):
-            _half_sums(product, (2 * run + side) * half, halves, run_b, side * patterns)
+            _half_sums(product, (2 * run + side) * half, halves, tables, _B, run, side * patterns)
             if even:
-                _half_least(product, (2 * run + side) * half, halves, run_least, side * patterns)
+                _half_least(product, (2 * run + side) * half, halves, tables, _LEAST, run, side * patterns)
     for eight in range(BLOCK // 8):
         minus = 0
         for j in range(eight * 8, eight * 8 + 8):
@@ -479,9 +568,8 @@ def _tabulate(importance: Any, halves: Any, shape: Any, tables: Any, product: An
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _sign_bits(x: Any, product: Any, codebook: Any, width: int, kept: Any, out: Any) -> None:
+def _sign_bits(x: Any, product: Any, halves: Any, width: int, kept: Any, out: Any) -> None:
     """A bit for every weight below zero; in a run that must, the sign that costs least is turned."""
-    halves = codebook[1]
     half = width // 2
     for eight in range(BLOCK // 8):
         bits = 0
@@ -501,25 +589,21 @@ def _sign_bits(x: Any, product: Any, codebook: Any, width: int, kept: Any, out: 
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _search(weight: Any, importance: Any, codebook: Any, constants: Any, shape: Any, out: Any) -> None:
+def _search(weight: Any, importance: Any, codebook: Any, constants: Any, shape: Any, found: Any) -> None:
     rows, columns = weight.shape
-    width, sub, magnitudes, shifts = shape[0], shape[1], shape[3], shape[5]
+    width, magnitudes, shifts = shape[0], shape[3], shape[5]
     halves = codebook[1]
-    runs, subs, patterns = BLOCK // width, BLOCK // sub, halves.shape[1]
-    sum_a = np.zeros((shifts, runs, 2 * patterns), np.float32)
-    sum_b, least = np.zeros((runs, 2 * patterns), np.float32), np.zeros((runs, 2 * patterns), np.float32)
+    runs, subs, patterns = BLOCK // width, BLOCK // shape[1], halves.shape[1]
+    tables = np.zeros((_A + shifts, runs, 2 * patterns), np.float32)
     total, odd, product = np.zeros(runs, np.float32), np.zeros(BLOCK // 8, np.bool_), np.zeros(BLOCK, np.float32)
     scratch = (
         np.zeros(2 * patterns, np.float32),
-        np.zeros((4, _SCANS, 3), np.float32),
-        np.zeros((2, _SCANS, 2), np.float32),
+        np.zeros((6, _SCANS, 3), np.float32),
         np.zeros((2, runs), np.uint32),
         np.zeros(runs, np.int64),
         np.zeros(runs, np.bool_),
-    )
-    lists = (
         np.zeros(subs, np.float32),
-        np.zeros((subs, _SCANS + _WIDER + _ROUNDS, 2), np.float32),
+        np.zeros((subs, _SCANS + _WIDER + 1, 2), np.float32),
         np.zeros(subs, np.int64),
         np.zeros(subs, np.int64),
         np.zeros(_SCANS, np.float32),
@@ -527,15 +611,15 @@ def _search(weight: Any, importance: Any, codebook: Any, constants: Any, shape: 
     kept = (np.zeros(runs, np.uint32), np.zeros(runs, np.int64), np.zeros(runs, np.bool_), np.zeros(subs, np.int64))
     for block in range(columns // BLOCK):
         weights = importance[block * BLOCK : (block + 1) * BLOCK]
-        _tabulate_columns(weights, halves, shifts, sum_a)
+        _tabulate_columns(weights, halves, shifts, tables)
         for row in range(rows):
             x = weight[row, block * BLOCK : (block + 1) * BLOCK]
-            tables = (x, sum_a, sum_b, least, total, odd)
-            _tabulate(weights, halves, shape, tables, product)
+            _tabulate(weights, halves, shape, x, tables, total, odd, product)
             kept[0][:], kept[1][:], kept[2][:], kept[3][:] = codebook[2][0], 0, False, 0
-            out[4][row, block] = _encode(weights, shape, constants, codebook, tables, scratch, lists, kept)
+            known = (tables, total, odd)
+            found[4][row, block] = _encode(weights, shape, constants, x, codebook, known, scratch, kept)
             if magnitudes:
-                _sign_bits(x, product, codebook, width, kept, out[2][row, block])
+                _sign_bits(x, product, halves, width, kept, found[2][row, block])
             for run in range(runs):
-                out[0][row, block, run] = kept[0][run] & np.uint32(0xFFFF)
-            out[1][row, block], out[3][row, block] = kept[1], kept[3]
+                found[0][row, block, run] = kept[0][run] & np.uint32(0xFFFF)
+            found[1][row, block], found[3][row, block] = kept[1], kept[3]
