@@ -121,22 +121,24 @@ def hashed(key: str) -> str:
 
 
 async def _main(config: ServeConfig, arguments: argparse.Namespace) -> int:
+    from lowbit.engines.memory import available_bytes
     from lowbit.gateway.app import make_app, serve
+    from lowbit.gateway.known_facts import cache_directory
     from lowbit.gateway.launch import plan_tiers, printable
     from lowbit.gateway.log import log_to
     from lowbit.gateway.pool import Pool
-    from lowbit.gateway.prepare import cache_directory, prepare
+    from lowbit.gateway.prepare import prepare
 
-    prepared = await prepare(config, quiet=arguments.quiet)
+    facts = await prepare(config, quiet=arguments.quiet)
     logs = Path(config.logs) if config.logs is not None else cache_directory() / "logs"
-    plans = plan_tiers(config, prepared.facts, logs)
+    plans = plan_tiers(config, facts, logs)
     if arguments.print_command:
         for tier_id, plan in plans.items():
             print(f"# {tier_id}: {plan.facts.engine}, {human_bytes(plan.policy.memory)}")
             print(printable(plan))
         return 0
     log_to(level=logging.INFO if arguments.log else logging.WARNING)
-    budget = config.memory if config.memory is not None else int(_SHARE * prepared.available)
+    budget = config.memory if config.memory is not None else int(_SHARE * available_bytes())
     pool = Pool(config, plans, budget)
     app = make_app(pool, config)
     failures: dict[str, str] = {}

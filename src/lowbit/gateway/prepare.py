@@ -22,9 +22,10 @@ from typing import Any
 
 from lowbit.errors import LowbitError, UsageError
 from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
+from lowbit.gateway.known_facts import cache_directory, known_facts, remember_facts
 from lowbit.gateway.launch import TierFacts
 
-__all__ = ["Prepared", "cache_directory", "find_facts", "prepare"]
+__all__ = ["find_facts", "prepare"]
 
 _SCHEMES = {"int4": "Q4_K_M", "int5": "Q5_K_M", "int6": "Q6_K", "int8": "Q8_0", "fp16": "F16", "bf16": "BF16"}
 _DEFAULT_CONTEXT = 8192
@@ -34,27 +35,15 @@ _PROCESS = 96 * 1024**2
 _ENCODER_PROCESS = 600 * 1024**2
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Prepared:
-    """Facts by tier id, and the bytes of memory that are free on this machine."""
+async def prepare(config: ServeConfig, *, quiet: bool = False) -> dict[str, TierFacts]:
+    """Facts by tier id: those that are known, and the others by running this module as a process.
 
-    facts: dict[str, TierFacts]
-    available: int
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: ``LOWBIT_CACHE``, or ``lowbit`` in the user's cache directory."""
-    base = os.environ.get("LOWBIT_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
-
-
-async def prepare(config: ServeConfig, *, quiet: bool = False) -> Prepared:
-    """Run this module as a process; its progress appears on standard error unless ``quiet``.
-
-    Raises the :class:`LowbitError` that the process met. Cancelling ends it.
+    Its progress appears on standard error unless ``quiet``. Raises the error that it met as :class:`UsageError`.
+    Cancelling ends it.
     """
+    known = known_facts(config)
+    if len(known) == sum(len(model.tiers) for model in config.models.values()):
+        return known
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "lowbit.gateway.prepare", *(["--quiet"] if quiet else [])),
         stdin=asyncio.subprocess.PIPE,
@@ -75,36 +64,33 @@ async def prepare(config: ServeConfig, *, quiet: bool = False) -> Prepared:
     if "error" in answer:
         raise UsageError(answer["error"])
     facts = {name: TierFacts(**values) for name, values in answer["facts"].items()}
-    return Prepared(facts, answer["available"])
+    remember_facts(config, facts)
+    return facts
 
 
-def find_facts(config: ServeConfig, say: Callable[[str], None]) -> Prepared:
+def find_facts(config: ServeConfig, say: Callable[[str], None]) -> dict[str, TierFacts]:
     """Do it: convert and quantize what has to be, read headers and manifests, plan memory."""
-    from lowbit.planning.hardware import probe
-
-    hardware = probe()
-    facts = {}
+    facts = known_facts(config)
     for name, model in config.models.items():
         for tier in model.tiers:
             tier_id = f"{name}@{tier.name}"
             try:
-                facts[tier_id] = _facts(model, tier, bool(hardware.gpus), partial(_say_of, say, tier_id))
+                facts[tier_id] = facts.get(tier_id) or _facts(model, tier, partial(_say_of, say, tier_id))
             except LowbitError as error:
                 raise UsageError(f"{tier_id}: {error}") from error
-    return Prepared(facts, hardware.available)
+    return facts
 
 
 def _say_of(say: Callable[[str], None], tier_id: str, text: str) -> None:
     say(f"{tier_id}: {text}")
 
 
-def _facts(model: ModelConfig, tier: TierConfig, gpu: bool, say: Callable[[str], None]) -> TierFacts:
-    if tier.path is None:
-        return TierFacts("openai" if tier.engine == "auto" else tier.engine, kl=tier.kl, bits=tier.known_bits())
+def _facts(model: ModelConfig, tier: TierConfig, say: Callable[[str], None]) -> TierFacts:
     from lowbit.checkpoint.location import locate
 
-    path = Path(tier.path).expanduser() if tier.path.endswith(".gguf") else locate(tier.path)
-    engine = _engine(model, tier, path, gpu)
+    named = str(tier.path)
+    path = Path(named).expanduser() if named.endswith(".gguf") else locate(named)
+    engine = _engine(model, tier, path)
     if engine == "encoder":
         weights = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
         return TierFacts(engine, str(path), 2 * weights + _ENCODER_PROCESS, 32.0)
@@ -116,15 +102,17 @@ def _facts(model: ModelConfig, tier: TierConfig, gpu: bool, say: Callable[[str],
     return _describe(engine, tier, source, path)
 
 
-def _engine(model: ModelConfig, tier: TierConfig, path: Path, gpu: bool) -> str:
+def _engine(model: ModelConfig, tier: TierConfig, path: Path) -> str:
     """The engine for a checkpoint: as told, or by what it is and what is installed here."""
+    from lowbit.planning.hardware import probe
+
     if tier.engine != "auto":
         return tier.engine
     if path.suffix == ".gguf":
         return "llama.cpp"
     if model.kind != "chat" and importlib.util.find_spec("sentence_transformers") is not None:
         return "encoder"
-    if tier.python is not None or (gpu and importlib.util.find_spec("vllm") is not None):
+    if tier.python is not None or (importlib.util.find_spec("vllm") is not None and probe().gpus):
         return "vllm"
     return "llama.cpp"
 
@@ -234,7 +222,7 @@ def main(arguments: list[str]) -> int:
         json.dump({"error": str(error)}, answers)
         answers.close()
         return 2
-    json.dump(dataclasses.asdict(found), answers)
+    json.dump({"facts": {name: dataclasses.asdict(each) for name, each in found.items()}}, answers)
     answers.close()
     return 0
 

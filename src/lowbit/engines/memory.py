@@ -1,0 +1,36 @@
+"""Memory that engines may take on this machine, found without importing torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+__all__ = ["available_bytes"]
+
+_GROUP = Path("sys/fs/cgroup")
+_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Bytes that can still be taken, a container's limit respected; ``root`` stands in for ``/`` in tests.
+
+    Pages of the file cache count as free: the kernel drops them before it kills.
+    """
+    available = psutil.virtual_memory().available
+    for limit_file, usage_file, stat_file, cached in _FILES:
+        limit, usage = _text(root / _GROUP / limit_file).strip(), _text(root / _GROUP / usage_file).strip()
+        if limit.isdigit() and usage.isdigit():
+            stat = dict(line.split(maxsplit=1) for line in _text(root / _GROUP / stat_file).splitlines() if " " in line)
+            available = min(available, max(0, int(limit) - int(usage) + int(stat.get(cached, "0"))))
+    return available
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
