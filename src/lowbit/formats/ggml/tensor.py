@@ -35,16 +35,22 @@ _FLOAT_SCALES: dict[str, tuple[int, ...]] = {
     "IQ4_XS": (0,),
     "TQ1_0": (52,),
     "TQ2_0": (64,),
+    "NVFP4": (),
 }
 """Where in a block its float16 scales (and minima) stand, in bytes. The other types are checked by their values."""
+
+_FINITE_E8M0 = 252
+"""The greatest scale of MXFP4 that all its codes can be multiplied by."""
 
 
 def finite_scales(blocks: npt.NDArray[np.uint8], kind: GgmlType) -> bool:
     """Whether all scales and minima in ``blocks`` uint8 ``[rows, row_bytes]`` are finite."""
     offsets = _FLOAT_SCALES.get(kind.name)
+    split = blocks.reshape(-1, kind.block_bytes)
+    if kind.name == "MXFP4" and bool((split[:, 0] <= _FINITE_E8M0).all()):
+        return True
     if offsets is None:
         return bool(np.isfinite(decode(blocks, kind)).all())
-    split = blocks.reshape(-1, kind.block_bytes)
     scales = (np.ascontiguousarray(split[:, at : at + 2]).view(np.float16) for at in offsets)
     return all(bool(np.isfinite(scale).all()) for scale in scales)
 

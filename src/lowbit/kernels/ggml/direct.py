@@ -1,7 +1,7 @@
-"""Q4_0 and Q8_0 without a search, at the speed of memory: the step follows from the weight of greatest magnitude.
+"""Q4_0, Q5_0 and Q8_0 without a search, at the speed of memory.
 
-Unlike in ggml's own conversion the codes are those nearest to the weights for the step as float16 holds it, and the
-weight of greatest magnitude takes the code at the far end of the grid in Q8_0 too.
+The step puts the weight of greatest magnitude at the far end of the grid and is then moved to the least squared error
+for the codes that it leads to; the codes stored are those nearest to the weights for the step as float16 holds it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import numpy as np
 
 from lowbit.kernels.ggml.lanes import compiled
 
-_SIZE = 32
+_SIZE, _LANES = 32, 8
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
-_TINY = np.float32(1e-30)
+_TINY = np.float32(1e-37)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
@@ -35,15 +35,43 @@ def extremes(bits: Any, size: int, greatest: Any) -> None:
 
 
 @compiled  # type: ignore[untyped-decorator]
-def codes_of_a_byte(weight: Any, steps: Any, blocks: Any) -> None:
-    """Signed codes of 32 weights float32 ``[n]`` to bytes 2 and up of ``blocks`` uint8 ``[n, 34]``."""
-    least, most = np.float32(-128), np.float32(127)
+def refit(weight: Any, steps: Any, low: Any, high: Any, lanes: int, fitted: Any) -> None:
+    """Fill ``fitted`` with the steps of least squared error for the codes that ``steps`` float32 ``[blocks]`` lead to.
+
+    Sums go through 8 partial ones (``lanes``, an argument so that the loop stays one and vectorises) in a fixed order.
+    """
+    sums = np.zeros(2 * _LANES, np.float32)
+    for block in range(steps.shape[0]):
+        step = steps[block]
+        inverse = _ONE / step if abs(step) > _TINY else _ZERO
+        for j in range(lanes):
+            a, b = weight[block * _SIZE + j], weight[block * _SIZE + _LANES + j]
+            c, d = weight[block * _SIZE + 2 * _LANES + j], weight[block * _SIZE + 3 * _LANES + j]
+            code_a = min(max(np.rint(a * inverse), low), high)
+            code_b = min(max(np.rint(b * inverse), low), high)
+            code_c = min(max(np.rint(c * inverse), low), high)
+            code_d = min(max(np.rint(d * inverse), low), high)
+            sums[j] = (a * code_a + b * code_b) + (c * code_c + d * code_d)
+            sums[_LANES + j] = (code_a * code_a + code_b * code_b) + (code_c * code_c + code_d * code_d)
+        products, squares = _ZERO, _ZERO
+        for j in range(_LANES):
+            products += sums[j]
+            squares += sums[_LANES + j]
+        fitted[block] = products / squares if squares > _ZERO else step
+
+
+@compiled  # type: ignore[untyped-decorator]
+def codes_of_a_byte(weight: Any, steps: Any, low: Any, high: Any, zero: Any, at: int, codes: Any) -> None:
+    """Codes from ``low`` to ``high``, less ``zero``, of 32 weights float32 ``[n]`` to bytes ``at`` and up of ``codes``.
+
+    ``codes`` is uint8 ``[blocks, at + 32]``.
+    """
     for block in range(steps.shape[0]):
         step = steps[block]
         inverse = _ONE / step if abs(step) > _TINY else _ZERO
         for j in range(_SIZE):
-            code = min(max(np.rint(weight[block * _SIZE + j] * inverse), least), most)
-            blocks[block, 2 + j] = np.uint8(np.int32(code))
+            code = min(max(np.rint(weight[block * _SIZE + j] * inverse), low), high)
+            codes[block, at + j] = np.uint8(np.int32(code - zero))
 
 
 @compiled  # type: ignore[untyped-decorator]

@@ -36,7 +36,10 @@ _Q6_K = (
     Search(both_signs(ladder(30.0, 36.0, 8), ladder(29.0, 34.0, 6)), np.array([-128], dtype=np.float32), 1),
     Search(both_signs(ladder(29.0, 38.0, 14), ladder(28.0, 36.0, 10)), np.array([-128], dtype=np.float32), 1),
 )
-_IQ4_XS = Search(both_signs(ladder(95.0, 145.0, 9), ladder(88.0, 128.0, 7)), -ladder(27.0, 32.0, 5))
+_IQ4_XS = (
+    Search(both_signs(ladder(95.0, 145.0, 9), ladder(88.0, 128.0, 7)), -ladder(27.0, 32.0, 5)),
+    Search(both_signs(ladder(92.0, 155.0, 16), ladder(84.0, 135.0, 12)), -ladder(27.0, 32.0, 5)),
+)
 
 
 def _super_ranges(
@@ -143,6 +146,8 @@ def q6_k(weight: Floats, importance: Floats | None) -> Bytes:
 
 def iq4_xs(weight: Floats, importance: Floats | None) -> Bytes:
     """Step, scales of 6 bits, codes of 4 bits into a table of levels."""
-    codes, scales, steps = _super_steps(weight, importance, 32, (0, 0), four_bit_levels(), (-32, 31), _IQ4_XS)
+    codes, scales, steps = _super_steps(
+        weight, importance, 32, (0, 0), four_bit_levels(), (-32, 31), _IQ4_XS[importance is not None]
+    )
     joined = packing.four_xs_scales(scales[0])
     return packing.as_rows(weight, packing.half_bytes(steps[0]), joined, packing.join_nibbles(codes, 16))
