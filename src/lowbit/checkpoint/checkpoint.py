@@ -57,6 +57,10 @@ def open_checkpoint(
     file and the way out; pickle files are refused unless ``allow_pickle`` (then loaded with ``weights_only``).
     """
     path = locate(source, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    if path.is_file():
+        raise CheckpointError(
+            f"{path}: is a GGUF file: write it out first, lowbit convert {path.name} OUT --format dense"
+        )
     if (path / "journal.jsonl").exists() and not (path / "config.json").exists():
         raise CheckpointError(f"{path}: an unfinished run, not a checkpoint: finish it with --resume")
     config = read_json_object(path / "config.json")

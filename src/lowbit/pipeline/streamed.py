@@ -358,6 +358,7 @@ def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
 
     Raises :class:`UnsupportedError` when transformers does not know the architecture.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")}
@@ -375,8 +376,8 @@ def build_empty(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         else:
             hint = "upgrade transformers, or check model_type in config.json"
         raise UnsupportedError(f"{checkpoint.path}: unknown architecture {model_type!r}", [hint]) from error
-    except (TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint.path}/config.json: {error}") from error
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path}/config.json: {' '.join(str(error).split())[:300]}") from error
     config = config.get_text_config()
     try:
         with torch.device("meta"):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.codecs.gguf.architectures import ExportPlan, export_plan
+from lowbit.codecs import CODECS, module_plan
+from lowbit.codecs.gguf.architectures import ExportPlan, export_plan, load_tensor
+from lowbit.codecs.gguf.container import write_gguf
 from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.formats import IntSpec
 
 LENGTH = 100
 VOCABULARY = 320
@@ -225,3 +229,49 @@ def test_metadata_of_a_llama(model_of: Callable[[str], Path]) -> None:
 def test_a_sliding_window_that_llama_cpp_ignores_is_noted(model_of: Callable[[str], Path], tmp_path: Path) -> None:
     with open_checkpoint(changed(model_of("mistral"), tmp_path / "m", config={"sliding_window": 64})) as checkpoint:
         assert "beyond 64 tokens results differ" in export_plan(checkpoint).notes[0]
+
+
+ODD: list[Any] = [
+    "abc",
+    -1,
+    0,
+    None,
+    1.5,
+    [1],
+    {},
+    {"rope_type": "yarn"},
+    {"rope_type": "linear", "factor": "x"},
+    10**30,
+]
+FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+    "max_position_embeddings", "rope_parameters", "hidden_act", "tie_word_embeddings", "sliding_window", "layer_types",
+    "model_type",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_odd_configs_are_typed_errors(model_of: Callable[[str], Path], tmp_path: Path, field: str) -> None:
+    for name in ("llama", "gemma2", "phi3"):
+        model = changed(model_of(name), tmp_path / name)
+        config = json.loads((model / "config.json").read_text())
+        for value in ODD:
+            (model / "config.json").write_text(json.dumps(config | {field: value}))
+            with suppress(CheckpointError, UnsupportedError):
+                plan = export_plan(open_checkpoint(model))
+                write_gguf(tmp_path / "model.gguf", plan.metadata, [], [], overwrite=True)
+
+
+def test_a_quantized_checkpoint_has_the_same_plan(
+    model_of: Callable[[str], Path], tmp_path: Path, write_quantized: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    source = model_of("llama")
+    dense = write_quantized(source, tmp_path / "gptq", CODECS["gptq"], {r".*layers.*": IntSpec(4, 32)})
+    original, found = open_checkpoint(source), open_checkpoint(tmp_path / "gptq")
+    modules = module_plan(found)
+    expected, plan = export_plan(original), export_plan(found, modules)
+    assert [(tensor.name, tensor.shape) for tensor in plan.tensors] == [(t.name, t.shape) for t in expected.tensors]
+    for tensor in plan.tensors:
+        values = dense[tensor.sources[0]]
+        order = slice(None) if tensor.row_order is None else torch.from_numpy(tensor.row_order)
+        assert torch.equal(load_tensor(found, modules, tensor), values[order]), tensor.name

@@ -269,3 +269,11 @@ def test_optional_keys_have_llama_cpps_defaults(
         found = open_model(rewritten(tmp_path / "model.gguf", tmp_path / "short.gguf", strip))
         assert isinstance(found, GgufCheckpoint)
         assert json.dumps(found.config, sort_keys=True) == json.dumps(whole.config, sort_keys=True)
+
+
+def test_where_only_a_directory_will_do_the_way_out_is_named(
+    model_of: Callable[[str], Path], write_model: Write, tmp_path: Path
+) -> None:
+    write_model(model_of("llama"), tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"lowbit convert model\.gguf OUT --format dense"):
+        open_checkpoint(tmp_path / "model.gguf")

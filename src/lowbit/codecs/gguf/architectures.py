@@ -216,8 +216,7 @@ class _Builder:
         if self._family.output == "none":
             return
         prefix = self._base.removesuffix("model.") if self._base.startswith("language_model.") else ""
-        names = [f"{prefix}{self._family.head}{suffix}" for suffix in (".weight", ".bias")]
-        weight, bias = names
+        weight = f"{prefix}{self._family.head}.weight"
         tied = self._config.get("tie_word_embeddings", False)
         if weight in self._shapes and not tied:
             if self._family.output == "never":
@@ -226,8 +225,6 @@ class _Builder:
                     ["llama.cpp takes the embedding for the head of this architecture"],
                 )
             yield self._tensor(Link("output", ""), "output.weight", (weight,))
-            if bias in self._shapes and self._family.architecture == "qwen2":
-                yield self._tensor(Link("output", ""), "output.bias", (bias,))
             return
         if not tied and self._family.output != "never":
             raise CheckpointError(f"{self._where}: tensor {weight} is missing and not tied; is the download complete?")

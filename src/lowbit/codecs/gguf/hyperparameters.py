@@ -17,6 +17,10 @@ __all__ = ["config_from_metadata", "full_config", "head_size", "heads_of", "meta
 
 _QUANTIZATION = ("quantization_config", "compression_config")
 _POSITIONS = "max_position_embeddings"
+_WINDOW_PERIOD = {"gemma2": 2, "gemma3_text": 6}
+"""Every how many layers llama.cpp expects one without a sliding window."""
+_LARGEST = {"gemma2": 46, "gemma3_text": 62}
+"""Layers of the size that scales attention by the width per head instead of the head's."""
 
 
 def full_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -25,20 +29,25 @@ def full_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises :class:`UnsupportedError` for an architecture that transformers or GGUF does not know,
     :class:`CheckpointError` naming ``where`` for a contradictory config.
     """
-    from transformers import AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     values = {key: value for key, value in config.items() if key not in (*_QUANTIZATION, "model_type")}
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{where}: model_type is missing")
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(f"{where}: unknown architecture {model_type!r:.80}", [_known()])
     try:
         found: dict[str, Any] = AutoConfig.for_model(model_type, **values).get_text_config().to_dict()
-    except ValueError as error:
-        raise UnsupportedError(f"{where}: unknown architecture {model_type!r}", [_known()]) from error
-    except (TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: config.json: {' '.join(str(error).split())[:300]}") from error
     if found.get("model_type") not in FAMILIES:
         raise UnsupportedError(f"{where}: GGUF files of {found.get('model_type')!r} models cannot be made", [_known()])
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        value = found.get(name)
+        if value is not None and (type(value) is not int or not 0 < value < 2**31):
+            raise CheckpointError(f"{where}: config.json: {name} must be a positive whole number, not {value!r:.80}")
     return found
 
 
@@ -94,8 +103,7 @@ def objections(family: Family, config: Mapping[str, Any]) -> list[str]:
     if config.get("use_bidirectional_attention"):
         reasons.append("llama.cpp computes causal attention in this architecture")
     if (scalar := config.get("query_pre_attn_scalar")) is not None:
-        large = config["num_hidden_layers"] == {"gemma2": 46, "gemma3_text": 62}[family.model_type]
-        expected = hidden // heads if large else size
+        expected = _attention_scalar(config)
         if scalar != expected:
             reasons.append(f"llama.cpp scales attention by {expected}, the model by {scalar} (query_pre_attn_scalar)")
     return reasons
@@ -136,11 +144,18 @@ def metadata_of(family: Family, config: Mapping[str, Any], vocabulary: int) -> t
     return {f"{family.architecture}.{key}": value for key, value in values.items()}, rope
 
 
+def _attention_scalar(config: Mapping[str, Any]) -> int:
+    """What llama.cpp divides the squared attention scores of Gemma 2 and 3 by."""
+    if config["num_hidden_layers"] == _LARGEST[config["model_type"]]:
+        return int(config["hidden_size"] // config["num_attention_heads"])
+    return head_size(config)
+
+
 def _sliding(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
     """Which layers see a window only, where that is not what llama.cpp assumes for the architecture."""
     types = config.get("layer_types") or []
     local = [kind == "sliding_attention" for kind in types]
-    period = {"gemma2": 2, "gemma3_text": 6}[config["model_type"]]
+    period = _WINDOW_PERIOD[config["model_type"]]
     if local == [(index + 1) % period != 0 for index in range(len(local))]:
         return {}
     return {"attention.sliding_window_pattern": local}
@@ -225,7 +240,7 @@ def _rope_config(
 
 def _layer_types(config: dict[str, Any], own: Mapping[str, Value], where: str) -> None:
     layers = config["num_hidden_layers"]
-    period: Value = own.get("attention.sliding_window_pattern", {"gemma2": 2, "gemma3_text": 6}[config["model_type"]])
+    period: Value = own.get("attention.sliding_window_pattern", _WINDOW_PERIOD[config["model_type"]])
     if isinstance(period, int) and period > 0:
         local = [(index + 1) % period != 0 for index in range(layers)]
     elif isinstance(period, list) and len(period) >= layers:
@@ -235,9 +250,7 @@ def _layer_types(config: dict[str, Any], own: Mapping[str, Value], where: str) -
     if not config.get("sliding_window"):
         local = [False] * layers
     config["layer_types"] = ["sliding_attention" if here else "full_attention" for here in local]
-    large = layers == {"gemma2": 46, "gemma3_text": 62}[config["model_type"]]
-    scalar = config["hidden_size"] // config["num_attention_heads"] if large else head_size(config)
-    config |= {"query_pre_attn_scalar": scalar, "hidden_activation": config.pop("hidden_act")}
+    config |= {"query_pre_attn_scalar": _attention_scalar(config), "hidden_activation": config.pop("hidden_act")}
 
 
 def _special_tokens(config: dict[str, Any], metadata: Mapping[str, Value]) -> None:

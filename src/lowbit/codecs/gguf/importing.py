@@ -124,7 +124,7 @@ class _Reader:
             blocks = range(self._config["num_hidden_layers"]) if "{block}" in link.gguf else (0,)
             for block in blocks:
                 yield from self._of(link, block)
-        head = Link("output", self._family.head, bias=True, required=False)
+        head = Link("output", self._family.head, required=False)
         if self._family.output in ("optional", "required"):
             yield from self._of(head, 0)
 

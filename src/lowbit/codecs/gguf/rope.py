@@ -42,15 +42,15 @@ def rope_to_metadata(config: Mapping[str, Any], rotated: int) -> Rope:
     parameters = config.get("rope_parameters") or {}
     local = parameters.get("sliding_attention")
     parameters = parameters.get("full_attention", parameters)
-    base = float(parameters.get("rope_theta", DEFAULT_BASE))
+    base = _real(parameters, "rope_theta", DEFAULT_BASE)
     found = Rope({"rope.dimension_count": rotated, "rope.freq_base": base})
     if local is not None:
         if local.get("rope_type", "default") != "default":
             raise UnsupportedError("llama.cpp does not scale the rotary embedding of sliding-window layers")
-        found.metadata["rope.freq_base_swa"] = float(local.get("rope_theta", DEFAULT_BASE))
+        found.metadata["rope.freq_base_swa"] = _real(local, "rope_theta", DEFAULT_BASE)
     kind = parameters.get("rope_type", "default")
     if kind == "linear":
-        found.metadata.update({"rope.scaling.type": "linear", "rope.scaling.factor": float(parameters["factor"])})
+        found.metadata.update({"rope.scaling.type": "linear", "rope.scaling.factor": _real(parameters, "factor")})
     elif kind == "yarn":
         found.metadata.update(_yarn(config, parameters))
     elif kind == "llama3":
@@ -65,27 +65,42 @@ def rope_to_metadata(config: Mapping[str, Any], rotated: int) -> Rope:
     return found
 
 
+def _real(parameters: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number of ``rope_parameters``; one that is missing, null or 0 is ``default``."""
+    value = parameters.get(key) or default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2**63:
+        raise CheckpointError(f"config.json: rope {key} must be a positive number, not {value!r:.80}")
+    return float(value)
+
+
 def _yarn(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, MetadataValue]:
     if parameters.get("truncate") is False:
         raise UnsupportedError("llama.cpp rounds the range that yarn blends over, this model does not (truncate)")
-    blended = tuple(float(parameters.get(key) or usual) for key, usual in _YARN_TURNS.items())
+    blended = tuple(_real(parameters, key, usual) for key, usual in _YARN_TURNS.items())
     if blended != tuple(_YARN_TURNS.values()):
         raise UnsupportedError(f"llama.cpp blends yarn between 32 turns and 1, this model between {blended}")
-    original = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    factor = float(parameters.get("factor") or config["max_position_embeddings"] / original)
-    usual = _magnitude(factor)
-    wanted = parameters.get("attention_factor")
-    if wanted is None:
-        scale, all_scale = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        wanted = _magnitude(factor, scale) / _magnitude(factor, all_scale) if scale and all_scale else usual
+    original = _original(config, parameters)
+    factor = _real(parameters, "factor", config["max_position_embeddings"] / original)
+    usual = wanted = _magnitude(factor)
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        wanted = _magnitude(factor, _real(parameters, "mscale")) / _magnitude(
+            factor, _real(parameters, "mscale_all_dim")
+        )
+    wanted = _real(parameters, "attention_factor", wanted)
     found: dict[str, MetadataValue] = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
-        "rope.scaling.original_context_length": int(original),
+        "rope.scaling.original_context_length": original,
     }
     if wanted != usual:
         found["rope.scaling.attn_factor"] = float(wanted / usual)
     return found
+
+
+def _original(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> int:
+    """The context length before it was extended, in tokens."""
+    value = _real(parameters, "original_max_position_embeddings", config["max_position_embeddings"])
+    return max(1, int(value))
 
 
 def _magnitude(factor: float, scale: float = 1.0) -> float:
@@ -100,9 +115,11 @@ def _long_magnitude(factor: float, original: int) -> float:
 
 def _llama3_factors(parameters: Mapping[str, Any], base: float, rotated: int) -> torch.Tensor:
     """What Llama 3.1 divides each frequency by, float32 ``[rotated / 2]``: 1 for short waves, ``factor`` for long."""
-    context = float(parameters.get("original_max_position_embeddings", _LLAMA3_CONTEXT))
-    low, high = float(parameters.get("low_freq_factor", 1)), float(parameters.get("high_freq_factor", 4))
-    factor = float(parameters.get("factor", 8))
+    context = _real(parameters, "original_max_position_embeddings", _LLAMA3_CONTEXT)
+    low, high = _real(parameters, "low_freq_factor", 1.0), _real(parameters, "high_freq_factor", 4.0)
+    factor = _real(parameters, "factor", 8.0)
+    if high == low:
+        raise CheckpointError("config.json: rope low_freq_factor and high_freq_factor must differ")
     turns = context * _frequencies(base, rotated) / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - kept) / factor + kept)).float()
@@ -114,20 +131,20 @@ def _frequencies(base: float, rotated: int) -> torch.Tensor:
 
 
 def _longrope(config: Mapping[str, Any], parameters: Mapping[str, Any], found: Rope) -> None:
-    context = config["max_position_embeddings"]
-    original = parameters.get("original_max_position_embeddings") or context
-    factor = float(parameters.get("factor") or context / original)
-    scale = parameters.get("attention_factor")
-    if scale is None:
-        scale = _long_magnitude(factor, original)
+    original = _original(config, parameters)
+    factor = _real(parameters, "factor", config["max_position_embeddings"] / original)
     found.metadata["rope.scaling.type"] = "longrope"
-    found.metadata["rope.scaling.original_context_length"] = int(original)
-    found.metadata["rope.scaling.attn_factor"] = float(scale)
+    found.metadata["rope.scaling.original_context_length"] = original
+    found.metadata["rope.scaling.attn_factor"] = _real(
+        parameters, "attention_factor", _long_magnitude(factor, original)
+    )
     for kind in ("long", "short"):
-        factors = torch.tensor(parameters[f"{kind}_factor"], dtype=torch.float32)
+        factors = parameters.get(f"{kind}_factor")
+        if not isinstance(factors, list) or not all(type(value) in (int, float) and value > 0 for value in factors):
+            raise CheckpointError(f"config.json: rope {kind}_factor must be a list of positive numbers")
         if len(factors) * 2 != found.metadata["rope.dimension_count"]:
             raise CheckpointError(f"config.json: rope {kind}_factor has {len(factors)} numbers, not one per pair")
-        found.tensors[f"rope_factors_{kind}.weight"] = factors
+        found.tensors[f"rope_factors_{kind}.weight"] = torch.tensor(factors, dtype=torch.float32)
 
 
 def rope_from_metadata(
