@@ -119,6 +119,13 @@ def output_paths(
     return _names(Path(path), len(_split(tensors, split_bytes, DEFAULT_ALIGNMENT)))
 
 
+def gguf_file_size(metadata: Mapping[str, MetadataValue], tensors: Sequence[TensorHeader]) -> int:
+    """Bytes of the single file that :func:`write_gguf` would write."""
+    alignment = _alignment(metadata)
+    header = len(_header(metadata, tensors, alignment))
+    return header + sum(_padded(tensor.nbytes, alignment) for tensor in tensors)
+
+
 def _check(tensors: Sequence[TensorHeader]) -> None:
     seen: set[str] = set()
     for tensor in tensors:
