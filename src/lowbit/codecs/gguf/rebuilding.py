@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.codecs.gguf.byte_level import split_pre_tokenizer
+from lowbit.codecs.gguf.character_map import CharacterMap
 from lowbit.codecs.gguf.metadata import Value
 from lowbit.codecs.gguf.piece_merging import SPACE
 from lowbit.codecs.gguf.pre_tokenizers import PRE_TOKENIZERS, find_pre_tokenizer
@@ -45,7 +46,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Value]) -> Any:
         )
     try:
         tokenizer = build(stored)
-    except LookupError as error:
+    except (LookupError, ValueError) as error:
         raise CheckpointError(f"the GGUF vocabulary contradicts itself: {error}") from error
     except (CheckpointError, UnsupportedError):
         raise
@@ -83,6 +84,7 @@ class _Stored:
     merges: Sequence[str]
     special: Mapping[str, int]
     flags: Mapping[str, bool]
+    characters: bytes
 
     @classmethod
     def of(cls, metadata: Mapping[str, Value]) -> _Stored:
@@ -121,6 +123,7 @@ class _Stored:
             listed("merges", str),
             special,
             flags,
+            bytes(value & 0xFF for value in listed("precompiled_charsmap", int)),
         )
 
     def vocabulary(self) -> dict[str, int]:
@@ -219,11 +222,29 @@ def _wordpiece(stored: _Stored) -> Any:
     return tokenizer
 
 
+def _unigram(stored: _Stored) -> Any:
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import Unigram
+
+    if "unk" not in stored.special or not stored.scores:
+        raise CheckpointError("tokenizer.ggml.unknown_token_id or tokenizer.ggml.scores is missing")
+    pieces = [(text, float(stored.scores[id])) for text, id in stored.vocabulary().items()]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=stored.special["unk"], byte_fallback=False))
+    if stored.characters:
+        tokenizer.normalizer = normalizers.Precompiled(CharacterMap(stored.characters).data)
+    prefix = "always" if stored.flags.get("add_space_prefix", True) else "never"
+    merged = stored.flags.get("remove_extra_whitespaces", False)
+    spaces = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=merged)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces]) if merged else spaces
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prefix)
+    return tokenizer
+
+
 def _unmarked(text: str) -> str:
     return text.removeprefix(SPACE) if text.startswith(SPACE) else CONTINUATION + text
 
 
-_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece}
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece, "t5": _unigram}
 
 
 def _add_tokens(tokenizer: Any, stored: _Stored) -> None:

@@ -19,7 +19,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE_TEXT, _PIECE_SCORE, _PIECE_KIND = 1, 2, 3
 _TRAINER_MODEL_TYPE = 3
-_NORMALIZER_DUMMY_PREFIX = 3
+_NORMALIZER_CHARACTERS, _NORMALIZER_DUMMY_PREFIX = 2, 3
 BPE = 2
 """``model_type`` of byte pair encoding; 1 is unigram."""
 
@@ -33,6 +33,7 @@ class PieceModel:
     kinds: tuple[int, ...]
     model_type: int
     add_dummy_prefix: bool
+    character_map: bytes
 
 
 def read_piece_model(path: Path) -> PieceModel:
@@ -47,7 +48,7 @@ def read_piece_model(path: Path) -> PieceModel:
 
 def _parse(data: bytes) -> PieceModel:
     pieces: list[tuple[str, float, int]] = []
-    model_type, dummy_prefix = 1, True
+    model_type, dummy_prefix, characters = 1, True, b""
     for field, value in _fields(data):
         if field == _PIECES:
             pieces.append(_piece(_as_bytes(value)))
@@ -56,11 +57,12 @@ def _parse(data: bytes) -> PieceModel:
             model_type = _as_int(found.get(_TRAINER_MODEL_TYPE, model_type))
         elif field == _NORMALIZER:
             found = dict(_fields(_as_bytes(value)))
+            characters = _as_bytes(found.get(_NORMALIZER_CHARACTERS, b""))
             dummy_prefix = bool(_as_int(found.get(_NORMALIZER_DUMMY_PREFIX, 1)))
     if not pieces:
         raise ValueError("it has no pieces")
     texts, scores, kinds = zip(*pieces, strict=True)
-    return PieceModel(texts, scores, kinds, model_type, dummy_prefix)
+    return PieceModel(texts, scores, kinds, model_type, dummy_prefix, characters)
 
 
 def _piece(data: bytes) -> tuple[str, float, int]:

@@ -1,6 +1,7 @@
 """A Hugging Face tokenizer as the ``tokenizer.*`` metadata of a GGUF file.
 
-Three kinds exist on both sides: byte-level BPE (``gpt2``), SentencePiece BPE (``llama``) and WordPiece (``bert``).
+Four kinds exist on both sides: byte-level BPE (``gpt2``), SentencePiece's BPE (``llama``) and unigram (``t5``), and
+WordPiece (``bert``).
 What is written is tried first: a model of llama.cpp's own tokenization, fed with nothing but the metadata, must give
 the original's token ids on :data:`~lowbit.codecs.gguf.hard_texts.HARD_TEXTS`. Keys are those of ggml's
 ``docs/gguf.md``.
@@ -19,6 +20,7 @@ from lowbit.codecs.gguf.rebuilding import tokenizer_from_gguf, write_tokenizer
 from lowbit.codecs.gguf.sentencepiece import sentencepiece_metadata
 from lowbit.codecs.gguf.special_tokens import special_token_metadata
 from lowbit.codecs.gguf.token_table import Source, open_source
+from lowbit.codecs.gguf.unigram import unigram_metadata
 from lowbit.codecs.gguf.wordpiece import wordpiece_metadata
 from lowbit.errors import UnsupportedError
 
@@ -61,6 +63,8 @@ def _convert(source: Source) -> Callable[[Source, int], tuple[dict[str, Metadata
         return sentencepiece_metadata
     if kind == "WordPiece":
         return wordpiece_metadata
+    if kind == "Unigram":
+        return unigram_metadata
     raise UnsupportedError(
         f"{source.where}: a {kind} tokenizer without byte level or byte fallback has no counterpart in llama.cpp"
     )
