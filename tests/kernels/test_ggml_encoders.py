@@ -314,6 +314,15 @@ def test_long_matrices_are_encoded_in_parts() -> None:
         quantize_rows(weight, kind)
 
 
+def test_memory_that_is_read_only_strided_or_not_aligned() -> None:
+    weight, importance = matrix(4)
+    kind = GGML_TYPES["Q8_0"]
+    expected = quantize_rows(weight, kind, importance)
+    raw = np.frombuffer(b"x" + weight.tobytes(), dtype=np.uint8)[1:].view(np.float32).reshape(weight.shape)
+    np.testing.assert_array_equal(quantize_rows(raw, kind, importance), expected)
+    np.testing.assert_array_equal(quantize_rows(weight.T.copy().T, kind, importance), expected)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_empty_matrices(name: str) -> None:
     kind = GGML_TYPES[name]

@@ -49,7 +49,8 @@ def quantize_rows(
     def encode(begin: int, end: int) -> None:
         for start in range(begin, end, step):
             stop = min(start + step, end)
-            part = np.ascontiguousarray(weight[start:stop], dtype=np.float32)
+            # one layout only, writable and aligned: numba compiles its loops anew for every other
+            part = np.require(weight[start:stop], np.float32, ["C", "A", "W"])
             _require_finite(part, start)
             with np.errstate(over="ignore", under="ignore"):
                 blocks[start:stop] = encoder(part, prepared)
