@@ -71,6 +71,15 @@ def test_dense_copies_to_the_byte(name: str, tiny_llama: Path, tmp_path: Path) -
     assert predicted.files == weights(tmp_path / "out")
 
 
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0", "Q5_0", "IQ4_NL", "F16", "MXFP4_MOE"])
+def test_gguf_files_to_the_byte(mix: str, tmp_path: Path) -> None:
+    predicted = make_variant(open_header_model("demo"), mix)
+    assert predicted.exact
+    assert not predicted.problem
+    quantize("demo", tmp_path / "out.gguf", scheme=mix, certify_tokens=0)
+    assert predicted.size == (tmp_path / "out.gguf").stat().st_size
+
+
 def test_a_quantized_model_as_it_is_and_as_floats(tiny_llama: Path, tmp_path: Path) -> None:
     quantize(tiny_llama, tmp_path / "int4", scheme="W4A16", method="rtn", certify_tokens=0)
     opened = open_header_model(tmp_path / "int4")

@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lowbit.codecs.gguf.architectures import ExportPlan, export_plan
 from lowbit.codecs.gguf.container import TensorHeader
+from lowbit.codecs.gguf.metadata import MetadataValue
 from lowbit.codecs.gguf.mixes import choose_types, find_mix
+from lowbit.codecs.gguf.writing import gguf_file_size
 from lowbit.errors import LowbitError
 from lowbit.evaluation.headers import HeaderModel
 from lowbit.evaluation.variant import Variant
 from lowbit.formats.ggml.types import GgmlType
+from lowbit.pipeline.gguf_output import Output
+from lowbit.pipeline.gguf_stream import Task
 from lowbit.planning import PlannedModule
 
 REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"})
 """Types that llama.cpp copies into another order on a CPU with AVX2, beside the mapped file (measured)."""
 
-_ALIGNMENT = 32
 _EMBEDDING = "token_embd.weight"
 
 
 def gguf_variant(model: HeaderModel, scheme: str) -> Variant:
     """``model`` as a GGUF file of the mix ``scheme``; a variant with a ``problem`` where llama.cpp has no such model.
 
-    The header's vocabulary is not counted, so the file's size is a lower bound; tensors are exact.
+    The size is exact where the tokenizer is at hand, for the vocabulary is part of the file; else it is a lower bound.
     """
     mix = find_mix(scheme)
     try:
         plan = export_plan(model.checkpoint)
         types = choose_types(mix, plan.tensors, plan.metadata)
+        output = Output(
+            Path(f"{mix.name}.gguf"),
+            model.checkpoint,
+            {},
+            plan,
+            [Task(tensor, types[tensor.name]) for tensor in plan.tensors],
+            mix.file_type,
+        )
+        vocabulary = _vocabulary(model, output)
     except LowbitError as error:
         return Variant(mix.name, "gguf", mix.base_type.bits, problem=str(error))
-    headers = [TensorHeader(tensor.name, types[tensor.name], tensor.shape) for tensor in plan.tensors]
+    headers = output.headers()
     sizes = {_kind_name(plan, header): header.nbytes for header in headers}
-    padded = sum(header.nbytes + -header.nbytes % _ALIGNMENT for header in headers)
+    general: dict[str, MetadataValue] = {"general.file_type": mix.file_type, "general.quantization_version": 2}
+    metadata = {**plan.metadata, **general, **(vocabulary or {})}
     repacked = sum(
         header.nbytes
         for header in headers
@@ -39,7 +54,25 @@ def gguf_variant(model: HeaderModel, scheme: str) -> Variant:
     )
     modules = tuple(PlannedModule(name, shape) for name, shape in model.linears.items())
     bits = _nominal_bits(headers)
-    return Variant(mix.name, "gguf", bits, {f"{mix.name}.gguf": padded}, sizes, modules, exact=False, repacked=repacked)
+    return Variant(
+        mix.name,
+        "gguf",
+        bits,
+        {output.path.name: gguf_file_size(metadata, headers)},
+        sizes,
+        modules,
+        vocabulary is not None,
+        repacked=repacked,
+    )
+
+
+def _vocabulary(model: HeaderModel, output: Output) -> dict[str, MetadataValue] | None:
+    """The keys of the tokenizer, made once for all mixes of a model; None where there is no tokenizer."""
+    if not model.checkpoint.has_tokenizer:
+        return None
+    if not model.vocabulary:
+        model.vocabulary.update(output.vocabulary().metadata)
+    return model.vocabulary
 
 
 def _kind_name(plan: ExportPlan, header: TensorHeader) -> str:

@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from lowbit.checkpoint import Checkpoint, ModelDescription
 from lowbit.checkpoint.layers import LayerState, layer_states
 from lowbit.checkpoint.remote import open_headers
 from lowbit.codecs import module_plan, stored_format
+from lowbit.codecs.gguf.metadata import MetadataValue
 from lowbit.codecs.opening import open_model
 from lowbit.codecs.reading import dense_names
 from lowbit.errors import UnsupportedError
@@ -42,6 +43,7 @@ class HeaderModel:
     ``blocks``   prefix of the decoder's blocks, such as ``model.layers``
     ``stored``   name of the format it is stored in; ``stored_kinds`` are its bytes by kind of module
     ``dtype``    of the dense weights
+    ``vocabulary``  keys of a GGUF file's tokenizer, filled when first needed
     """
 
     name: str
@@ -54,6 +56,7 @@ class HeaderModel:
     stored: str
     stored_kinds: Mapping[str, int]
     dtype: torch.dtype
+    vocabulary: dict[str, MetadataValue] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
