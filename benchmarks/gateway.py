@@ -20,7 +20,10 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from socket import socket
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
@@ -73,19 +76,27 @@ async def passthrough(port: int, upstream: str) -> None:
         await asyncio.Event().wait()
 
 
-async def gateway(port: int, upstream: str, model: str, engine: str) -> None:
-    """The gateway, over one tier that runs already."""
-    from lowbit.gateway.app import make_app, serve
-    from lowbit.gateway.config import parse_config
-    from lowbit.gateway.log import log_to
-    from lowbit.gateway.pool import Pool
-
+def start_gateway(stack: ExitStack, upstream: str, model: str, engine: str) -> tuple[str, int]:
+    """``lowbit serve`` over one tier that runs already, its log on; gives its url and id."""
     tier = {"name": "int4", "url": upstream, "engine": engine, "upstream_model": model, "concurrency": 256}
-    config = parse_config({"port": port, "models": {model: {"tiers": [tier]}}})
-    with open("/dev/null", "w") as sink:
-        log_to(sink)
-        app = make_app(Pool(config), config)
-        await serve(app, listening=lambda host, found: print("ready", found, flush=True))
+    directory = stack.enter_context(TemporaryDirectory())
+    config = Path(directory) / "config.yaml"
+    config.write_text(json.dumps({"models": {model: {"tiers": [tier]}}}))
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lowbit", "serve", str(config), "--port", str(port), "--log"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            with urlopen(f"{url}/ready"):
+                return url, process.pid
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit("the gateway did not start")
 
 
 async def one(session: ClientSession, url: str, body: bytes, figures: Figures) -> None:
@@ -182,12 +193,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--token-time", type=float, default=0.0)
     parser.add_argument("--json")
-    parser.add_argument("--role", choices=("passthrough", "gateway"))
+    parser.add_argument("--role", choices=("passthrough",))
     arguments = parser.parse_args()
     if arguments.role == "passthrough":
         asyncio.run(passthrough(0, arguments.url))
-    elif arguments.role == "gateway":
-        asyncio.run(gateway(0, arguments.url, arguments.model, arguments.engine))
     else:
         compare(arguments)
 
@@ -213,7 +222,10 @@ def compare(arguments: argparse.Namespace) -> None:
         engine, pid = (arguments.url, None) if arguments.url else start(stack, str(FAKE), *pace)
         role = [__file__, "--url", engine, "--model", arguments.model, "--engine", arguments.engine, "--role"]
         servers = {"engine": (engine, pid)}
-        servers |= {"pass-through": start(stack, *role, "passthrough"), "gateway": start(stack, *role, "gateway")}
+        servers |= {
+            "pass-through": start(stack, *role, "passthrough"),
+            "gateway": start_gateway(stack, engine, arguments.model, arguments.engine),
+        }
         urls = {name: url for name, (url, _) in servers.items()}
         pids = {name: pid for name, (_, pid) in servers.items()}
         single = asyncio.run(measure(urls, pids, body, 1, arguments.seconds / 2, arguments.turns))
