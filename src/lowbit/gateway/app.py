@@ -16,6 +16,7 @@ from lowbit.gateway.gate import Gate
 from lowbit.gateway.images import ImageReader
 from lowbit.gateway.log import LOGGER, log_event
 from lowbit.gateway.metrics import Metrics
+from lowbit.gateway.openapi import describe
 from lowbit.gateway.protocol import PoolProtocol, RefusedError
 from lowbit.gateway.refusal import Refusal
 from lowbit.gateway.relay import Call, Relay
@@ -61,10 +62,16 @@ def make_app(pool: PoolProtocol, config: ServeConfig) -> web.Application:
         for (method, path), handler in table.items():
             app.router.add_route(method, path, handler)
     app.on_response_prepare.append(_add_headers)
+    app.router.add_get("/openapi.json", _description)
     pool.subscribe(metrics.on_event)
     pool.subscribe(_Listener(gate))
     app.cleanup_ctx.append(_running)
     return app
+
+
+async def _description(request: web.Request) -> web.Response:
+    """This description."""
+    return web.json_response(describe(request.app, keys=bool(request.app[STATE].keys)))
 
 
 async def serve(app: web.Application, *, listening: Callable[[str, int], None] | None = None) -> None:
