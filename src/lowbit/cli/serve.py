@@ -124,14 +124,14 @@ async def _main(config: ServeConfig, arguments: argparse.Namespace) -> int:
     from lowbit.engines.memory import available_bytes
     from lowbit.gateway.app import make_app, serve
     from lowbit.gateway.known_facts import cache_directory
-    from lowbit.gateway.launch import plan_tiers, printable
+    from lowbit.gateway.launch import idle_cores, plan_tiers, printable
     from lowbit.gateway.log import log_to
     from lowbit.gateway.pool import Pool
     from lowbit.gateway.prepare import prepare
 
     facts = await prepare(config, quiet=arguments.quiet)
     logs = Path(config.logs) if config.logs is not None else cache_directory() / "logs"
-    plans = plan_tiers(config, facts, logs)
+    plans = plan_tiers(config, facts, logs, None if config.threads else idle_cores())
     if arguments.print_command:
         for tier_id, plan in plans.items():
             print(f"# {tier_id}: {plan.facts.engine}, {human_bytes(plan.policy.memory)}")

@@ -21,10 +21,12 @@ from lowbit.errors import UsageError
 from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
 from lowbit.gateway.policy import ModelPolicy, Policy, TierPolicy
 
-__all__ = ["TierFacts", "TierPlan", "engine_threads", "plan_tiers", "printable", "serving_policy"]
+__all__ = ["TierFacts", "TierPlan", "engine_threads", "idle_cores", "plan_tiers", "printable", "serving_policy"]
 
 _RESERVED_ABOVE = 4
 """With more cores than this, one is left to the gateway."""
+_SMALL = 32 * 1024**2
+"""A model of fewer bytes than this is fastest on one thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +58,34 @@ class TierPlan:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def engine_threads(config: ServeConfig, cores: int | None = None) -> int:
-    """Threads of one engine: the physical cores, one left to the gateway where there are many, divided among models
-    that run on this machine's processors at once.
+def engine_threads(config: ServeConfig, cores: int | None = None, idle: float | None = None) -> int:
+    """Threads of one engine: the physical cores (those that are idle now, where ``idle`` says how many), one left to
+    the gateway where there are many, divided among the models that this machine's processors run.
+
+    llama.cpp's threads meet at a barrier for every operation: with more threads than free cores, all wait for the one
+    that is not running. Two threads beside two busy processes were measured at 0.03 to 0.6 of one thread's speed.
     """
     if config.threads is not None:
         return config.threads
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
     usable = cores or min(allowed, psutil.cpu_count(logical=False) or allowed)
     usable -= usable > _RESERVED_ABOVE
+    if idle is not None:
+        usable = min(usable, round(idle))
     local = sum(any(tier.path for tier in model.tiers) for model in config.models.values())
     return max(1, usable // max(1, local))
 
 
-def plan_tiers(config: ServeConfig, facts: Mapping[str, TierFacts], logs: Path | None = None) -> dict[str, TierPlan]:
-    """Plans by tier id. Raises :class:`lowbit.errors.UnsupportedError` for settings that an engine cannot take."""
-    threads = engine_threads(config)
+def idle_cores(seconds: float = 0.3) -> float:
+    """How many processors had nothing to do just now."""
+    return (psutil.cpu_count() or 1) * (1 - psutil.cpu_percent(seconds) / 100)
+
+
+def plan_tiers(
+    config: ServeConfig, facts: Mapping[str, TierFacts], logs: Path | None = None, idle: float | None = None
+) -> dict[str, TierPlan]:
+    """Plans by tier id; ``idle`` cores as of :func:`idle_cores`. Raises :class:`lowbit.errors.UnsupportedError` for settings that an engine cannot take."""
+    threads = engine_threads(config, idle=idle)
     plans = {}
     for name, model in config.models.items():
         for tier in model.tiers:
@@ -166,7 +180,7 @@ def _spec(
     profile = ENGINES[facts.engine]
     given = tier.flags.model_dump(exclude={"extra"})
     if given["threads"] is None and facts.engine == "llama.cpp":
-        given["threads"] = threads
+        given["threads"] = 1 if _is_small(facts) else threads
     flags = EngineFlags(
         context=context if facts.engine == "llama.cpp" else tier.context,
         concurrency=tier.concurrency,
@@ -181,7 +195,7 @@ def _spec(
     headers = {}
     if facts.engine == "llama.cpp":
         key = secrets.token_hex(16)
-        environment[KEY_VARIABLE] = key
+        environment |= {KEY_VARIABLE: key, "OMP_WAIT_POLICY": "PASSIVE"}
         headers = {"Authorization": f"Bearer {key}"}
     return EngineSpec(
         tier_id,
@@ -195,6 +209,12 @@ def _spec(
         hang_timeout=tier.hang_timeout,
         log=log,
     )
+
+
+def _is_small(facts: TierFacts) -> bool:
+    """Whether threads would spend more time meeting each other than computing."""
+    path = Path(str(facts.path))
+    return path.is_file() and path.stat().st_size < _SMALL
 
 
 def _extra(engine: str, model: ModelConfig, tier: TierConfig) -> tuple[str, ...]:
