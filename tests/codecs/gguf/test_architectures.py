@@ -201,6 +201,19 @@ def test_the_text_half_of_a_multimodal_model(model_of: Callable[[str], Path], tm
         assert [tensor.name for tensor in found.tensors] == [tensor.name for tensor in expected.tensors]
 
 
+def test_norms_of_old_bert_checkpoints(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    def old(name: str) -> str:
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        return f"bert.{name}"
+
+    plans = [
+        export_plan(open_checkpoint(path))
+        for path in (model_of("bert"), changed(model_of("bert"), tmp_path / "old", rename=old))
+    ]
+    assert [tensor.name for tensor in plans[0].tensors] == [tensor.name for tensor in plans[1].tensors]
+    assert "bert.embeddings.LayerNorm.gamma" in [tensor.sources[0] for tensor in plans[1].tensors]
+
+
 def test_metadata_of_a_llama(model_of: Callable[[str], Path]) -> None:
     plan = export_plan(open_checkpoint(model_of("llama-llama3")))
     expected = {

@@ -27,6 +27,7 @@ _IGNORED = re.compile(
 )
 """Tensors that no text model needs: buffers, the pooler and heads of encoders, the eyes of multimodal models."""
 _ENCODER_HEAD = re.compile(r"(^|\.)lm_head\.")
+_GREEK = {".weight": ".gamma", ".bias": ".beta"}
 _POOLING = {"pooling_mode_mean_tokens": 1, "pooling_mode_cls_token": 2, "pooling_mode_lasttoken": 3}
 
 
@@ -172,13 +173,18 @@ class _Builder:
                 experts = range(self._experts)
                 sources = tuple(link.hf.format(base=self._base, block=block, expert=e) + suffix for e in experts)
             else:
-                sources = (link.hf.format(base=self._base, block=block) + suffix,)
+                sources = (self._stored(link.hf.format(base=self._base, block=block), suffix),)
             missing = [name for name in sources if name not in self._shapes]
             if missing and len(missing) == len(sources) and (suffix == ".bias" or not link.required):
                 continue
             if missing or not sources:
                 raise self._missing((*missing, gguf)[0])
             yield self._tensor(link, gguf + suffix, sources)
+
+    def _stored(self, module: str, suffix: str) -> str:
+        """The name of a tensor; norms of old BERT checkpoints have theirs in Greek."""
+        greek = module + _GREEK[suffix]
+        return greek if greek in self._shapes else module + suffix
 
     def _tensor(self, link: Link, name: str, sources: tuple[str, ...]) -> ExportTensor:
         self._used.update(sources)
@@ -250,7 +256,7 @@ def _name(path: Path) -> str:
     path = path.resolve()
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.rpartition("--")[2]
-    return path.name
+    return path.name.removesuffix(".gguf")
 
 
 def _size_label(tensors: list[ExportTensor]) -> str:
