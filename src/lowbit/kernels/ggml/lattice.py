@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numba
+import numba.extending
 import numpy as np
 import numpy.typing as npt
 
@@ -98,20 +99,37 @@ def search(
     signs = np.zeros((rows, blocks, BLOCK // 8), np.uint8)
     number = np.zeros((rows, blocks, BLOCK // layout.sub), np.uint8)
     scale = np.zeros((rows, blocks), np.float32)
+    subs, patterns = BLOCK // layout.sub, table.halves.shape[1]
+    known = (
+        np.zeros((_A + layout.shifts, runs, 2 * patterns), np.float32),
+        np.zeros(runs, np.float32),
+        np.zeros(BLOCK // 8, np.bool_),
+        np.zeros(BLOCK, np.float32),
+    )
+    scratch = (
+        np.zeros(2 * patterns, np.float32),
+        np.zeros((6, _SCANS, 3), np.float32),
+        np.zeros((2, runs), np.uint32),
+        np.zeros(runs, np.int64),
+        np.zeros(runs, np.bool_),
+        np.zeros(subs, np.float32),
+        np.zeros((subs, _SCANS + _WIDER + 1, 2), np.float32),
+        np.zeros(subs, np.int64),
+        np.zeros(subs, np.int64),
+        np.zeros(_SCANS, np.float32),
+    )
+    kept = (np.zeros(runs, np.uint32), np.zeros(runs, np.int64), np.zeros(runs, np.bool_), np.zeros(subs, np.int64))
+    thresholds = table.levels[1:] + table.levels[:-1]
+    even, signed = layout.signs == "even", layout.signs != "point"
     _search(
         weight,
         np.ones(columns, np.float32) if importance is None else importance,
-        (table.levels[1:] + table.levels[:-1], table.halves, table.points, table.order, table.start, table.neighbours),
+        (thresholds, table.halves, table.points, table.order, table.start, table.neighbours),
         (layout.unit, layout.guess, layout.ratio),
-        (
-            table.width,
-            layout.sub,
-            layout.steps,
-            layout.signs != "point",
-            layout.signs == "even",
-            layout.shifts,
-            layout.shared,
-        ),
+        (table.width, layout.sub, layout.steps, signed, even, layout.shifts, layout.shared),
+        known,
+        scratch,
+        kept,
         (points, shift, signs, number, scale),
     )
     return Codes(points, shift, signs, number, scale.astype(np.float16))
@@ -396,12 +414,13 @@ def _block_scale(unit: Any, steps: int, wanted: Any, sums: Any, counts: Any) -> 
 
 @_jit  # type: ignore[untyped-decorator]
 def _encode(
-    importance: Any, shape: Any, constants: Any, x: Any, codebook: Any, known: Any, scratch: Any, kept: Any
+    importance: Any, shape: Any, constants: Any, x: Any, codebook: Any, known: Any, room: Any, lists: Any, kept: Any
 ) -> Any:
     """Code a block into ``kept``; return its scale as a float32 that float16 holds exactly."""
-    thresholds, _, _, order, start, neighbours = codebook
+    thresholds, order, start, neighbours = codebook
     tables, total, odd = known
-    gain, out, point, shifted, flipped, wanted, sums, counts, number, scales = scratch
+    gain, out, point, shifted, flipped, wanted = room
+    sums, counts, number, scales = lists
     unit, guess, ratio = np.float32(constants[0]), np.float32(constants[1]), np.float32(constants[2])
     size, steps = shape[1], shape[2]
     subs = BLOCK // size
@@ -494,9 +513,9 @@ def _encode(
         if value > best:
             best, best_scale = value, candidate
     if best > 0:
-        kept[1][:], kept[2][:], kept[3][:] = shifted, flipped, number
         for u in range(len(shifted)):
-            kept[0][u] = point[shifted[u], u]
+            kept[0][u], kept[1][u], kept[2][u] = point[shifted[u], u], shifted[u], flipped[u]
+        kept[3][:] = number
     return best_scale / unit
 
 
@@ -588,38 +607,64 @@ def _sign_bits(x: Any, product: Any, halves: Any, width: int, kept: Any, out: An
         out[eight] = bits
 
 
+@numba.extending.intrinsic  # type: ignore[untyped-decorator]
+def _borrowed(_: Any, array: Any) -> Any:
+    """The same array without its reference count, which the search would spend half of its time on.
+
+    Only for arrays that a caller outside compiled code keeps.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lent = context.make_array(array)(context, builder, value=arguments[0])
+        lent.meminfo = lent.meminfo.type(None)
+        lent.parent = lent.parent.type(None)
+        return lent._getvalue()
+
+    return array(array), generate
+
+
 @_jit  # type: ignore[untyped-decorator]
-def _search(weight: Any, importance: Any, codebook: Any, constants: Any, shape: Any, found: Any) -> None:
+def _search(
+    weight: Any,
+    importance: Any,
+    codebook: Any,
+    constants: Any,
+    shape: Any,
+    known: Any,
+    scratch: Any,
+    kept: Any,
+    found: Any,
+) -> None:
+    """Code every block of ``weight`` into ``found``; the arrays of ``known``, ``scratch`` and ``kept`` are room."""
     rows, columns = weight.shape
     width, magnitudes, shifts = shape[0], shape[3], shape[5]
-    halves = codebook[1]
-    runs, subs, patterns = BLOCK // width, BLOCK // shape[1], halves.shape[1]
-    tables = np.zeros((_A + shifts, runs, 2 * patterns), np.float32)
-    total, odd, product = np.zeros(runs, np.float32), np.zeros(BLOCK // 8, np.bool_), np.zeros(BLOCK, np.float32)
-    scratch = (
-        np.zeros(2 * patterns, np.float32),
-        np.zeros((6, _SCANS, 3), np.float32),
-        np.zeros((2, runs), np.uint32),
-        np.zeros(runs, np.int64),
-        np.zeros(runs, np.bool_),
-        np.zeros(subs, np.float32),
-        np.zeros((subs, _SCANS + _WIDER + 1, 2), np.float32),
-        np.zeros(subs, np.int64),
-        np.zeros(subs, np.int64),
-        np.zeros(_SCANS, np.float32),
-    )
-    kept = (np.zeros(runs, np.uint32), np.zeros(runs, np.int64), np.zeros(runs, np.bool_), np.zeros(subs, np.int64))
+    runs = BLOCK // width
+    weight, importance = _borrowed(weight), _borrowed(importance)
+    c, k, s, t, f = codebook, known, scratch, kept, found
+    halves, points, tables = _borrowed(c[1]), _borrowed(c[2]), _borrowed(k[0])
+    total, odd, product = _borrowed(k[1]), _borrowed(k[2]), _borrowed(k[3])
+    codes, shifted, signs = _borrowed(f[0]), _borrowed(f[1]), _borrowed(f[2])
+    numbers, scales = _borrowed(f[3]), _borrowed(f[4])
+    lent_codebook = (_borrowed(c[0]), _borrowed(c[3]), _borrowed(c[4]), _borrowed(c[5]))
+    lent_kept = (_borrowed(t[0]), _borrowed(t[1]), _borrowed(t[2]), _borrowed(t[3]))
+    room = (_borrowed(s[0]), _borrowed(s[1]), _borrowed(s[2]), _borrowed(s[3]), _borrowed(s[4]), _borrowed(s[5]))
+    lists = (_borrowed(s[6]), _borrowed(s[7]), _borrowed(s[8]), _borrowed(s[9]))
     for block in range(columns // BLOCK):
         weights = importance[block * BLOCK : (block + 1) * BLOCK]
         _tabulate_columns(weights, halves, shifts, tables)
         for row in range(rows):
             x = weight[row, block * BLOCK : (block + 1) * BLOCK]
             _tabulate(weights, halves, shape, x, tables, total, odd, product)
-            kept[0][:], kept[1][:], kept[2][:], kept[3][:] = codebook[2][0], 0, False, 0
-            known = (tables, total, odd)
-            found[4][row, block] = _encode(weights, shape, constants, x, codebook, known, scratch, kept)
-            if magnitudes:
-                _sign_bits(x, product, halves, width, kept, found[2][row, block])
             for run in range(runs):
-                found[0][row, block, run] = kept[0][run] & np.uint32(0xFFFF)
-            found[1][row, block], found[3][row, block] = kept[1], kept[3]
+                lent_kept[0][run], lent_kept[1][run], lent_kept[2][run] = points[0], 0, False
+            lent_kept[3][:] = 0
+            scales[row, block] = _encode(
+                weights, shape, constants, x, lent_codebook, (tables, total, odd), room, lists, lent_kept
+            )
+            if magnitudes:
+                _sign_bits(x, product, halves, width, lent_kept, signs[row, block])
+            for run in range(runs):
+                codes[row, block, run] = lent_kept[0][run] & np.uint32(0xFFFF)
+                shifted[row, block, run] = lent_kept[1][run]
+            for sub in range(numbers.shape[2]):
+                numbers[row, block, sub] = lent_kept[3][sub]
