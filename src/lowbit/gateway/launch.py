@@ -84,7 +84,10 @@ def idle_cores(seconds: float = 0.3) -> float:
 def plan_tiers(
     config: ServeConfig, facts: Mapping[str, TierFacts], logs: Path | None = None, idle: float | None = None
 ) -> dict[str, TierPlan]:
-    """Plans by tier id; ``idle`` cores as of :func:`idle_cores`. Raises :class:`lowbit.errors.UnsupportedError` for settings that an engine cannot take."""
+    """Plans by tier id; ``idle`` cores as of :func:`idle_cores`.
+
+    Raises :class:`lowbit.errors.UnsupportedError` for settings that an engine cannot take.
+    """
     threads = engine_threads(config, idle=idle)
     plans = {}
     for name, model in config.models.items():
