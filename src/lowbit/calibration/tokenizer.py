@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowbit.codecs.gguf.container import is_gguf, open_gguf
+from lowbit.codecs.gguf.piece_files import has_only_pieces, tokenizer_from_pieces
 from lowbit.codecs.gguf.vocabulary import tokenizer_from_gguf
 from lowbit.errors import CheckpointError, UnsupportedError
 
@@ -59,6 +61,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         _check_json(directory / name)
+    if has_only_pieces(directory) and importlib.util.find_spec("sentencepiece") is None:
+        pieces: Tokenizer = tokenizer_from_pieces(directory)
+        return pieces
     from transformers import AutoTokenizer
 
     try:

@@ -26,8 +26,8 @@ __all__ = [
     "TokenTable",
     "check_unique",
     "merge_pairs",
-    "open_source",
     "some_texts",
+    "source_of",
     "token_table",
 ]
 
@@ -97,26 +97,11 @@ class TokenTable:
         return zip(self.tokens, self.kinds, strict=True)
 
 
-def open_source(directory: Path) -> Source:
-    """Load the tokenizer of a checkpoint directory with transformers; the network is never asked.
-
-    Raises :class:`CheckpointError` when there is none or it cannot be read, :class:`UnsupportedError` for one that is
-    Python code of its own.
-    """
-    from transformers import AutoTokenizer
-
-    if not any(
-        (directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    ):
-        raise CheckpointError(f"{directory}: tokenizer missing: copy the original model's tokenizer files here")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers package raises bare Exception for a file that it cannot parse
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
+def source_of(where: Path, tokenizer: Any) -> Source:
+    """The parts of a transformers tokenizer. Raises :class:`UnsupportedError` for one that is not a fast tokenizer."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UnsupportedError(
-            f"{directory}: {type(tokenizer).__name__} has no tokenizer.json, so its vocabulary cannot go into GGUF: "
+            f"{where}: {type(tokenizer).__name__} has no tokenizer.json, so its vocabulary cannot go into GGUF: "
             "save it once with transformers as a fast tokenizer"
         )
     from tokenizers import Tokenizer
@@ -134,7 +119,7 @@ def open_source(directory: Path) -> Source:
         )
         for entry in spec["added_tokens"]
     )
-    return Source(directory, tokenizer, backend, spec, added)
+    return Source(where, tokenizer, backend, spec, added)
 
 
 def token_table(source: Source, vocab_size: int) -> TokenTable:

@@ -16,13 +16,14 @@ from typing import Any
 
 from lowbit.codecs.gguf.byte_level import byte_level_metadata
 from lowbit.codecs.gguf.metadata import MetadataValue, Typed
+from lowbit.codecs.gguf.piece_files import has_only_pieces, tokenizer_from_pieces
 from lowbit.codecs.gguf.rebuilding import tokenizer_from_gguf, write_tokenizer
 from lowbit.codecs.gguf.sentencepiece import sentencepiece_metadata
 from lowbit.codecs.gguf.special_tokens import special_token_metadata
-from lowbit.codecs.gguf.token_table import Source, open_source
+from lowbit.codecs.gguf.token_table import Source, source_of
 from lowbit.codecs.gguf.unigram import unigram_metadata
 from lowbit.codecs.gguf.wordpiece import wordpiece_metadata
-from lowbit.errors import UnsupportedError
+from lowbit.errors import CheckpointError, UnsupportedError
 
 __all__ = ["Vocabulary", "read_vocabulary", "tokenizer_from_gguf", "vocabulary_metadata", "write_tokenizer"]
 
@@ -48,11 +49,26 @@ def read_vocabulary(directory: Path, vocab_size: int, config: Mapping[str, Any])
     Raises :class:`CheckpointError` when there is no readable tokenizer or it has more tokens than the embedding rows,
     and :class:`UnsupportedError` when llama.cpp would give other token ids, naming the first text that differs.
     """
-    source = open_source(Path(directory))
+    source = source_of(Path(directory), _load(Path(directory)))
     metadata, notes = _convert(source)(source, vocab_size)
     metadata.update(special_token_metadata(source, config))
     metadata.update(_chat_templates(source))
     return Vocabulary(metadata, tuple(notes))
+
+
+def _load(directory: Path) -> Any:
+    """The tokenizer in ``directory``; the network is never asked."""
+    if has_only_pieces(directory):
+        return tokenizer_from_pieces(directory)
+    if not any((directory / name).exists() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        raise CheckpointError(f"{directory}: tokenizer missing: copy the original model's tokenizer files here")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers package raises bare Exception for a file that it cannot parse
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
 
 
 def _convert(source: Source) -> Callable[[Source, int], tuple[dict[str, MetadataValue], list[str]]]:
