@@ -357,6 +357,21 @@ def test_float_types_round_like_torch(name: str, dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(decoded, torch.from_numpy(weight).to(dtype).float().numpy())
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16)])
+def test_float_types_round_every_exponent_like_torch(name: str, dtype: torch.dtype) -> None:
+    """All exponents that fit, both signs, fractions around the ties."""
+    exponents = np.arange(0, 142 if name == "F16" else 254, dtype=np.uint32) << np.uint32(23)
+    fractions = np.concatenate(
+        [np.arange(0, 1 << 23, 4093), np.arange(0, 1 << 23, 1 << 12), np.arange(0, 1 << 23, 1 << 15)]
+    )
+    fractions = np.unique(np.clip(fractions[:, None] + np.array([-1, 0, 1]), 0, (1 << 23) - 1)).astype(np.uint32)
+    bits = (exponents[:, None] | fractions).reshape(-1)
+    weight = np.concatenate([bits, bits | np.uint32(1 << 31)]).view(np.float32).reshape(2, -1)
+    decoded = encoded(weight, GGML_TYPES[name])
+    expected = torch.from_numpy(weight).to(dtype).float().numpy()
+    np.testing.assert_array_equal(decoded.view(np.uint32), expected.view(np.uint32))
+
+
 def test_float_types_refuse_overflow() -> None:
     weight = np.full((2, 32), 1e5, dtype=np.float32)
     with pytest.raises(NumericsError, match="row 0 holds weights too large for F16"):

@@ -15,6 +15,7 @@ from lowbit.kernels.ggml.lanes import compiled
 _SIZE, _LANES = 32, 8
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
+_PER_SUBNORMAL = np.float32(2.0**24)
 _TINY = np.float32(1e-37)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
@@ -61,17 +62,14 @@ def refit(weight: Any, steps: Any, low: Any, high: Any, lanes: int, fitted: Any)
 
 
 @compiled  # type: ignore[untyped-decorator]
-def codes_of_a_byte(weight: Any, steps: Any, low: Any, high: Any, zero: Any, at: int, codes: Any) -> None:
-    """Codes from ``low`` to ``high``, less ``zero``, of 32 weights float32 ``[n]`` to bytes ``at`` and up of ``codes``.
-
-    ``codes`` is uint8 ``[blocks, at + 32]``.
-    """
+def codes_of_a_byte(weight: Any, steps: Any, low: Any, high: Any, zero: Any, blocks: Any) -> None:
+    """Codes ``low`` to ``high``, less ``zero``, of 32 weights each to bytes 2 and up of ``blocks`` uint8 [n, 34]."""
     for block in range(steps.shape[0]):
         step = steps[block]
         inverse = _ONE / step if abs(step) > _TINY else _ZERO
         for j in range(_SIZE):
             code = min(max(np.rint(weight[block * _SIZE + j] * inverse), low), high)
-            codes[block, at + j] = np.uint8(np.int32(code - zero))
+            blocks[block, 2 + j] = np.uint8(np.int32(code - zero))
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -86,3 +84,25 @@ def codes_of_a_nibble(weight: Any, steps: Any, blocks: Any) -> None:
             second = min(max(np.rint(weight[block * _SIZE + half + j] * inverse), least), most)
             low, high = np.int32(first) + middle, np.int32(second) + middle
             blocks[block, 2 + j] = np.uint8(low | (high << np.int32(4)))
+
+
+@compiled  # type: ignore[untyped-decorator]
+def to_bfloat16(bits: Any, rounded: Any) -> None:
+    """float32 ``bits`` uint32 ``[n]``, finite, to bfloat16 ``rounded`` uint16, to nearest, ties to even."""
+    for j in range(bits.shape[0]):
+        value = np.uint32(bits[j])
+        rounded[j] = np.uint16((value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@compiled  # type: ignore[untyped-decorator]
+def to_float16(weight: Any, bits: Any, rounded: Any) -> None:
+    """float32 ``weight`` ``[n]`` (and its ``bits`` uint32), finite, to float16 ``rounded`` uint16, ties to even."""
+    for j in range(bits.shape[0]):
+        sign = (bits[j] >> np.uint32(16)) & np.uint32(0x8000)
+        magnitude = bits[j] & np.uint32(0x7FFFFFFF)
+        odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+        # the exponents differ by 112, the fractions by 13 bits
+        normal = (magnitude + np.uint32(0xFFF) + odd - np.uint32(112 << 23)) >> np.uint32(13)
+        small = np.uint32(np.int32(np.rint(min(abs(weight[j]), _ONE) * _PER_SUBNORMAL)))
+        half = small if magnitude < np.uint32(113 << 23) else min(normal, np.uint32(0x7C00))
+        rounded[j] = np.uint16(half | sign)

@@ -12,6 +12,7 @@ from lowbit.formats.ggml.codebooks import fp4_values
 from lowbit.formats.ggml.decode_legacy import e4m3_halves, e8m0_halves
 from lowbit.kernels.ggml import packing
 from lowbit.kernels.ggml.blocks import in_blocks, level_table
+from lowbit.kernels.ggml.direct import to_bfloat16, to_float16
 from lowbit.kernels.ggml.listed import solve_listed
 
 Bytes = npt.NDArray[np.uint8]
@@ -25,14 +26,16 @@ def f32(weight: Floats, importance: Floats | None) -> Bytes:
 
 def f16(weight: Floats, importance: Floats | None) -> Bytes:
     """IEEE half precision; values beyond it become infinite, which the caller refuses."""
-    return weight.astype(np.float16).view(np.uint8)
+    rounded = np.empty(weight.shape, dtype=np.uint16)
+    to_float16(weight.reshape(-1), weight.reshape(-1).view(np.uint32), rounded.reshape(-1))
+    return rounded.view(np.uint8)
 
 
 def bf16(weight: Floats, importance: Floats | None) -> Bytes:
     """The upper half of a float32; values beyond the greatest bfloat16 become infinite, which the caller refuses."""
-    bits = weight.view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-    return rounded.astype(np.uint16).view(np.uint8)
+    rounded = np.empty(weight.shape, dtype=np.uint16)
+    to_bfloat16(weight.reshape(-1).view(np.uint32), rounded.reshape(-1))
+    return rounded.view(np.uint8)
 
 
 def mxfp4(weight: Floats, importance: Floats | None) -> Bytes:

@@ -82,8 +82,9 @@ def q5_0(weight: Floats, importance: Floats | None) -> Bytes:
     if importance is None:
         flat = weight.reshape(-1)
         halves, rounded = _direct(flat, 16, 2)
-        codes = np.empty((len(halves), 32), dtype=np.uint8)
-        codes_of_a_byte(flat, rounded, np.float32(-16), np.float32(15), np.float32(-16), 0, codes)
+        blocks = np.empty((len(halves), 34), dtype=np.uint8)
+        codes_of_a_byte(flat, rounded, np.float32(-16), np.float32(15), np.float32(-16), blocks)
+        codes = blocks[:, 2:]
         return packing.as_rows(weight, halves, packing.fifth_bits(codes), packing.join_nibbles(codes, 16))
     steps, codes = steps_and_codes(weight, importance, 32, (-16, 15), _PLACES_5, NO_TABLE)
     return packing.as_rows(
@@ -98,7 +99,7 @@ def q8_0(weight: Floats, importance: Floats | None) -> Bytes:
         halves, rounded = _direct(flat, 128, 1)
         blocks = np.empty((len(halves), 34), dtype=np.uint8)
         blocks[:, :2] = halves
-        codes_of_a_byte(flat, rounded, np.float32(-128), np.float32(127), np.float32(0), 2, blocks)
+        codes_of_a_byte(flat, rounded, np.float32(-128), np.float32(127), np.float32(0), blocks)
         return blocks.reshape(len(weight), -1)
     steps, codes = steps_and_codes(weight, importance, 32, (-128, 127), _PLACES_8, NO_TABLE)
     return packing.as_rows(weight, packing.half_bytes(steps), codes ^ np.uint8(128))
