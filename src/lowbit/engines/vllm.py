@@ -23,7 +23,8 @@ _KV = {
 VLLM = EngineProfile(
     name="vllm",
     launch=(
-        *("{python}", "-m", "vllm.entrypoints.cli.main", "serve", "{model}", "--served-model-name", "{name}"),
+        # the builds for CPUs go by another package name, which `vllm serve` does not find itself by
+        *("{python}", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--served-model-name", "{name}"),
         *("--host", "{host}", "--port", "{port}"),
     ),
     options={
