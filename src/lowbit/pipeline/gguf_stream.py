@@ -218,7 +218,6 @@ def _blocks(part: _Slice, tally: Tally) -> npt.NDArray[np.uint8]:
         tally.energy += rounding.energy
         return carried.blocks.numpy()
     values = rows if isinstance(rows, torch.Tensor) else rows.dequantize()
-    _require_finite(values)
     if kind.name in _FLOATS:
         return _as_floats(values, kind, tally)
     single = values.float().numpy()
@@ -233,6 +232,7 @@ def _blocks(part: _Slice, tally: Tally) -> npt.NDArray[np.uint8]:
 
 
 def _as_floats(values: torch.Tensor, kind: GgmlType, tally: Tally) -> npt.NDArray[np.uint8]:
+    _require_finite(values)
     stored = values.to(_FLOATS[kind.name]).contiguous()
     if stored.dtype != values.dtype:
         _require_finite(stored, f"is too large for {kind}: use BF16 or F32")
