@@ -29,7 +29,6 @@ DEFAULT_CONTEXT = 4096
 """Tokens of context where the caller names none and the model was trained on as many."""
 
 _SILENT = -1
-_ENCODERS = ("bert", "t5encoder")
 
 
 class ContextError(UsageError):
@@ -286,7 +285,7 @@ def _open(path: Path) -> GgufFile:
         raise CheckpointError(f"{path}: not a GGUF file (it does not begin with GGUF)")
     file = open_gguf(path)
     architecture = str(file.metadata.get("general.architecture", ""))
-    if architecture.endswith(_ENCODERS):
+    if "bert" in architecture or architecture == "t5encoder":
         raise UnsupportedError(f"{path}: {architecture} models embed text and cannot generate it")
     return file
 

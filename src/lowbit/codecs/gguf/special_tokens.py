@@ -74,7 +74,7 @@ def special_token_metadata(source: Source, config: Mapping[str, Any]) -> dict[st
     if bos is not None and bos < size:
         found["tokenizer.ggml.bos_token_id"] = bos
     found["tokenizer.ggml.eos_token_id"] = eos
-    turn = _end_of_turn(source, [id for id in ends if id != eos and id < size])
+    turn = _end_of_turn(source, [eos, *(id for id in ends if id < size)])
     if turn is not None:
         found["tokenizer.ggml.eot_token_id"] = turn
     for role, stem in _KEYS.items():
@@ -86,10 +86,11 @@ def special_token_metadata(source: Source, config: Mapping[str, Any]) -> dict[st
 
 
 def _end_of_turn(source: Source, ends: list[int]) -> int | None:
-    """The best known of the model's own ids that end generation, else of the added tokens, else any of the former."""
+    """The best known added token among ``ends`` (EOS first), else the best known one, else another of ``ends``."""
     added = {token.text: token.id for token in source.added}
     known = [added[text] for text in _END_OF_TURN if text in added]
-    return next((id for id in known if id in ends), next(iter([*known, *ends]), None))
+    others = [id for id in ends if id != ends[0]]
+    return next((id for id in known if id in ends), next(iter([*known, *others]), None))
 
 
 def _ids(config: Mapping[str, Any], key: str) -> list[int]:

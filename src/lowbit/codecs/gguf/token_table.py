@@ -164,12 +164,11 @@ def check_unique(tokens: Sequence[str], where: Path) -> None:
 
 def merge_pairs(source: Source) -> list[tuple[str, str]]:
     """The merges of a BPE model, from either form of ``tokenizer.json``: ``"a b"`` or ``["a", "b"]``."""
-    pairs = []
-    for merge in source.model["merges"]:
-        pair = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-        if len(pair) != 2 or not all(pair) or any(" " in part for part in pair):
+    merges = source.model["merges"]
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    for merge, pair in zip(merges, pairs, strict=True):
+        if len(pair) != 2 or not pair[0] or not pair[1] or " " in pair[0] or " " in pair[1]:
             raise CheckpointError(f"{source.where}: merge {merge!r} is not a pair of tokens without spaces")
-        pairs.append((str(pair[0]), str(pair[1])))
     return pairs
 
 

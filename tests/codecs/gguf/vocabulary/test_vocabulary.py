@@ -78,6 +78,27 @@ def test_added_tokens_and_unused_rows(save_tokenizer: Callable[..., Path]) -> No
     assert metadata["tokenizer.ggml.add_bos_token"] is False
 
 
+@pytest.mark.parametrize(
+    ("eos", "ends", "turn"),
+    [
+        ("<|im_end|>", [600, 601], 600),  # of a chat model: it ends texts as it ends turns
+        ("<|endoftext|>", [601, 600], 600),
+        ("<|endoftext|>", [601], 601),
+        ("<|eos|>", [1], 600),
+        ("<|eos|>", [1, 601], 601),
+    ],
+)
+def test_the_end_of_a_turn(eos: str, ends: list[int], turn: int, save_tokenizer: Callable[..., Path]) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|im_end|>", "<|endoftext|>"])
+    directory = save_tokenizer(tokenizer, eos_token=eos)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    metadata = vocabulary_metadata(directory, ROWS, {"bos_token_id": 601})
+    assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.token_to_id(eos)
+    assert metadata["tokenizer.ggml.eot_token_id"] == turn
+    assert metadata["tokenizer.ggml.bos_token_id"] == 601
+
+
 @pytest.mark.parametrize(("before", "after"), [("<|bos|> ", ""), ("", " <|eos|>"), ("<|bos|> ", " <|eos|>")])
 def test_what_stands_around_a_text(
     before: str, after: str, save_tokenizer: Callable[..., Path], llama_cpp_ids: Callable[..., list[list[int]]]
