@@ -77,9 +77,16 @@ class Bench:
 
 @asynccontextmanager
 async def gateway(
-    engines: Sequence[Engine] = (), tiers: Sequence[Tier] | None = None, capacity: int = 64, **settings: Any
+    engines: Sequence[Engine] = (),
+    tiers: Sequence[Tier] | None = None,
+    capacity: int = 64,
+    more: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[Bench]:
-    """A gateway over ``engines`` as tiers int8, int4, … of the model ``assistant``, or over ``tiers``."""
+    """A gateway over ``engines`` as tiers int8, int4, … of the model ``assistant``, and over ``tiers``.
+
+    With ``more``, the first engine also answers as the models ``embedder`` and ``ranker``.
+    """
     async with AsyncExitStack() as stack:
         engines = list(engines) or ([Engine()] if tiers is None else [])
         urls = [await stack.enter_async_context(running(make_engine(engine))) for engine in engines]
@@ -88,6 +95,8 @@ async def gateway(
             Tier(name, url, engine.dialect, engine.context, kl=0.01 * (index + 1))
             for index, (name, url, engine) in enumerate(zip(names, urls, engines, strict=False))
         ]
+        others = [("embedder", "embedding"), ("ranker", "rerank")] if more else []
+        made += [Tier("fp32", urls[0], model=model, kind=kind) for model, kind in others]
         pool = FakePool([*made, *(tiers or ())], capacity)
         app = make_app(pool, make_config(**settings))
         url = await stack.enter_async_context(running(app))

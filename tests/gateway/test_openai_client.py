@@ -49,7 +49,7 @@ def synchronous(url: str) -> None:
     assert json.loads(structured.choices[0].message.content) == {"age": 1}
     text = client.completions.create(model="assistant", prompt="once", max_tokens=2)
     assert text.choices[0].text == "w0 w1"
-    vectors = client.embeddings.create(model="assistant", input=["a", "b"], encoding_format="float")
+    vectors = client.embeddings.create(model="embedder", input=["a", "b"], encoding_format="float")
     assert len(vectors.data) == 2
     raw = client.chat.completions.with_raw_response.create(
         model="assistant", messages=MESSAGES, extra_body={"lowbit": {"precision": "low"}, "min_p": 0.1}
@@ -73,7 +73,7 @@ def errors(url: str) -> None:
 
 def test_synchronous_client() -> None:
     async def scenario() -> None:
-        async with gateway([Engine()]) as bench:
+        async with gateway([Engine()], more=True) as bench:
             await asyncio.to_thread(synchronous, bench.url)
 
     run(scenario)

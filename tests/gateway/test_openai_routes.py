@@ -47,26 +47,29 @@ def test_chat_whole_and_streamed() -> None:
 
 def test_other_routes() -> None:
     async def scenario() -> None:
-        async with gateway([Engine()]) as bench:
+        async with gateway([Engine()], more=True) as bench:
             status, answer = await bench.post(
                 "/v1/completions", {"model": "assistant", "prompt": "a b", "max_tokens": 2}
             )
             assert (status, answer["choices"][0]["text"]) == (200, "w0 w1")
             assert "w15" in await bench.stream("/v1/completions", {"model": "assistant@int8", "prompt": "a"})
-            status, answer = await bench.post("/v1/embeddings", {"model": "assistant", "input": ["a", "bcd"]})
+            status, answer = await bench.post("/v1/embeddings", {"model": "embedder", "input": ["a", "bcd"]})
             assert [len(item["embedding"]) for item in answer["data"]] == [3, 3]
             for path in ("/v1/rerank", "/rerank"):
-                body = {"model": "assistant", "query": "red fox", "documents": ["blue sea", "a red fox"]}
+                body = {"model": "ranker", "query": "red fox", "documents": ["blue sea", "a red fox"]}
                 status, answer = await bench.post(path, body)
                 assert [item["index"] for item in answer["results"]] == [1, 0]
-            status, answer = await bench.post("/tokenize", {"content": "one two three"})
+            status, answer = await bench.post("/tokenize", {"model": "assistant", "content": "one two three"})
             assert (status, answer["count"], answer["tokens"]) == (200, 3, [0, 1, 2])
             status, answer = await bench.post("/tokenize", {"model": "assistant", "messages": CHAT["messages"]})
             assert (status, answer["count"], answer["max_model_len"]) == (200, 2, 4096)
-            status, answer = await bench.post("/detokenize", {"tokens": [4, 5]})
+            status, answer = await bench.post("/detokenize", {"model": "assistant", "tokens": [4, 5]})
             assert (status, answer["content"], answer["prompt"]) == (200, "w4 w5", "w4 w5")
             status, answer = await bench.post("/v1/responses", {"model": "assistant", "input": "hi"})
             assert (status, answer["error"]["type"]) == (501, "not_supported_error")
+            status, answer = await bench.post("/v1/embeddings", {"model": "assistant", "input": "a"})
+            assert (status, answer["error"]["code"]) == (400, "not_supported")
+            assert "embedder" in answer["error"]["message"]
             assert all(count == 0 for count in bench.pool.in_flight.values())
 
     run(scenario)

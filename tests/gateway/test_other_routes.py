@@ -36,7 +36,7 @@ def test_ollama_chat() -> None:
 
 def test_ollama_generate_format_and_images() -> None:
     async def scenario() -> None:
-        async with gateway([Engine()]) as bench:
+        async with gateway([Engine()], more=True) as bench:
             body = {"model": "assistant", "prompt": "hi", "system": "be brief", "stream": False}
             status, answer = await bench.post("/api/generate", body)
             assert (status, answer["response"]) == (200, WORDS)
@@ -49,7 +49,7 @@ def test_ollama_generate_format_and_images() -> None:
             assert part["image_url"]["url"] == "data:image/png;base64,iVBORw0KGgo="
             await bench.post("/api/generate", body | {"raw": True})
             assert bench.engines[0].bodies[-1]["prompt"] == "hi"
-            status, answer = await bench.post("/api/embed", {"model": "assistant", "input": ["a", "b"]})
+            status, answer = await bench.post("/api/embed", {"model": "embedder", "input": ["a", "b"]})
             assert len(answer["embeddings"]) == 2
 
     run(scenario)

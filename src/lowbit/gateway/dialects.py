@@ -33,7 +33,11 @@ _OPENAI = Dialect({}, {})
 _DIALECTS: Mapping[str, Dialect] = {
     "llama.cpp": Dialect(
         {"repetition_penalty": "repeat_penalty", "max_completion_tokens": "max_tokens"},
-        {"use_beam_search": _NO_BEAMS},
+        {
+            "use_beam_search": _NO_BEAMS,
+            "echo": "llama.cpp's server does not give the prompt back; vLLM does (engine: vllm)",
+            "best_of": "llama.cpp's server has n but not best_of",
+        },
         tokenize="content",
         template=True,
     ),

@@ -46,6 +46,9 @@ STREAMS: Mapping[str, str] = {
 }
 """Path to the media type of its stream."""
 
+ENGINE_ROUTES = frozenset(BODIES) - {"/api/show"}
+"""Routes that ask an engine, and so take the headers that choose it."""
+
 PLAIN: Mapping[str, str] = {"/metrics": "text/plain", "/": "text/html"}
 """Path to the media type of an answer that is not JSON."""
 
@@ -71,15 +74,6 @@ _TIER_HEADERS = {
     "x-lowbit-model": "the model that answered",
     "x-lowbit-tier": "its tier",
     "x-lowbit-kl": "the tier's measured KL divergence from the original, nats per token",
-}
-
-_OPTION_HEADERS = {
-    "x-lowbit-tier": "string",
-    "x-lowbit-precision": "string",
-    "x-lowbit-memory": "integer",
-    "x-lowbit-speed": "boolean",
-    "x-lowbit-priority": "integer",
-    "x-lowbit-deadline": "number",
 }
 
 
@@ -125,12 +119,22 @@ def _operation(route: web.AbstractRoute, path: str, keys: bool) -> dict[str, Any
     if body is not None:
         content = {"application/json": {"schema": _ref(body.__name__)}}
         operation["requestBody"] = {"required": True, "content": content}
-        parameters += [
-            {"name": name, "in": "header", "schema": {"type": kind}} for name, kind in _OPTION_HEADERS.items()
-        ]
+        parameters += _option_headers() if path in ENGINE_ROUTES else []
     if parameters:
         operation["parameters"] = parameters
     return operation
+
+
+def _option_headers() -> list[dict[str, Any]]:
+    """The headers ``x-lowbit-…``: the fields of :class:`~lowbit.gateway.requests.LowbitOptions`, one each."""
+    found = []
+    for name, schema in requests.LowbitOptions.model_json_schema()["properties"].items():
+        kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+        plain = {key: value for key, value in kinds[0].items() if key not in ("title", "description", "default")}
+        found.append(
+            {"name": f"x-lowbit-{name}", "in": "header", "schema": plain, "description": schema["description"]}
+        )
+    return found
 
 
 def _answer(path: str, asked: bool) -> dict[str, Any]:

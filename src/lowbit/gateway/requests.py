@@ -6,6 +6,7 @@ Known fields are typed and bounded; unknown ones pass through to the engine, whi
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -33,7 +34,9 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stop: TypeAlias = NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)] | None
 TokenIds = list[Annotated[int, Field(ge=0)]]
-Prompt: TypeAlias = str | list[str] | TokenIds | list[TokenIds]
+Texts = Annotated[list[str], Field(min_length=1)]
+SomeTokenIds = Annotated[TokenIds, Field(min_length=1)]
+Prompt: TypeAlias = str | Texts | SomeTokenIds | Annotated[list[SomeTokenIds], Field(min_length=1)]
 
 
 class Strict(BaseModel):
@@ -112,8 +115,18 @@ class ContentPart(Strict):
         return self
 
 
+def _needs(one_of: Mapping[str, Any]) -> ConfigDict:
+    """For the description: a condition that a validator checks, as JSON schema says it."""
+    return ConfigDict(json_schema_extra=dict(one_of))
+
+
+_CONTENT = {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}}
+
+
 class Message(Strict):
     """One message of a conversation."""
+
+    model_config = _needs({"anyOf": [{"properties": {"role": {"const": "assistant"}}}, _CONTENT]})
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
@@ -215,13 +228,6 @@ class CompletionRequest(Sampling):
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     lowbit: LowbitOptions | None = None
 
-    @field_validator("prompt")
-    @classmethod
-    def _not_empty(cls, value: Prompt) -> Prompt:
-        if isinstance(value, list) and (not value or [] in value):
-            raise ValueError("a list of prompts or token ids must not be empty")
-        return value
-
 
 class EmbeddingRequest(Strict):
     """POST /v1/embeddings."""
@@ -232,8 +238,6 @@ class EmbeddingRequest(Strict):
     dimensions: Positive | None = None
     user: str | None = None
     lowbit: LowbitOptions | None = None
-
-    _not_empty = field_validator("input")(CompletionRequest._not_empty.__func__)  # type: ignore[attr-defined]
 
 
 class RerankRequest(Strict):
@@ -262,6 +266,21 @@ class TokenizeRequest(Strict):
     """POST /tokenize: ``content`` (llama.cpp), ``prompt`` or ``messages`` (vLLM)."""
 
     FIELDS: ClassVar[tuple[str, ...]] = ("content", "prompt", "messages")
+    model_config = _needs(
+        {
+            "oneOf": [
+                {
+                    "required": [name],
+                    "properties": {name: {"type": kind}} | {other: {"type": "null"} for other in others},
+                }
+                for name, kind, others in (
+                    ("content", "string", ("prompt", "messages")),
+                    ("prompt", "string", ("content", "messages")),
+                    ("messages", "array", ("content", "prompt")),
+                )
+            ]
+        }
+    )
 
     model: NonEmpty | None = None
     content: str | None = None

@@ -48,10 +48,19 @@ _OPTION_HEADERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "x-lowbit-tier": ("tier", str),
     "x-lowbit-precision": ("precision", str),
     "x-lowbit-memory": ("memory", int),
-    "x-lowbit-speed": ("speed", lambda text: text.lower() in ("1", "true", "yes")),
+    "x-lowbit-speed": ("speed", lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]),
     "x-lowbit-priority": ("priority", int),
     "x-lowbit-deadline": ("deadline", float),
 }
+_KINDS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/embeddings": "embedding",
+    "/v1/rerank": "rerank",
+}
+"""Path of an engine's route to the kind of model that has it."""
+
 _NO_OPTIONS = LowbitOptions()
 Kind = TypeVar("Kind", bound=Any)
 
@@ -87,14 +96,15 @@ async def start_call(
     path: str,
     *,
     stream: bool = False,
-    kind: str | None = None,
 ) -> Call:
     """The call for a checked body. Without a model the only one there is meant.
 
     Raises :class:`Refusal` or :class:`RefusedError` for a model that is not there.
     """
     state = request.app[STATE]
+    kind = _KINDS.get(path)
     name, tier = state.pool.resolve(model if model is not None else _only_model(state.pool, kind))
+    _check_kind(state.pool, name, kind)
     await state.images.settle(body)
     resource = request.match_info.route.resource
     call = Call(
@@ -110,6 +120,15 @@ async def start_call(
     )
     request[CALL] = call
     return call
+
+
+def _check_kind(pool: PoolProtocol, name: str, kind: str | None) -> None:
+    model = next(model for model in pool.models() if model.name == name)
+    if kind is not None and model.kind != kind:
+        others = [other.name for other in pool.models() if other.kind == kind]
+        hint = f"; of that kind is {', '.join(others)}" if others else f"; set kind: {kind} for one that can do it"
+        message = f"{name!r} is a model of kind {model.kind}, this route wants {kind}{hint}"
+        raise Refusal(400, message, param="model", code="not_supported")
 
 
 def _only_model(pool: PoolProtocol, kind: str | None) -> str:
@@ -130,7 +149,7 @@ def _options(options: LowbitOptions | None, headers: Mapping[str, str]) -> Lowbi
         try:
             values[name] = convert(text)
             LowbitOptions(**{name: values[name]})
-        except (ValueError, ValidationError):
+        except (ValueError, KeyError, ValidationError):
             raise Refusal(400, f"header {header}: {text!r} is no such value", param=header) from None
     if not values:
         return options or _NO_OPTIONS

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from pydantic import Field
@@ -36,7 +36,7 @@ _OPTIONS = {
 class OllamaMessage(Strict):
     """One message; ``images`` are base64."""
 
-    role: NonEmpty
+    role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     images: list[str] | None = None
     tool_calls: list[dict[str, Any]] | None = None
@@ -48,7 +48,7 @@ class OllamaChat(Strict):
     model: NonEmpty
     messages: Annotated[list[OllamaMessage], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
-    format: str | dict[str, Any] | None = None
+    format: Literal["json", ""] | dict[str, Any] | None = None
     options: dict[str, Any] | None = None
     stream: bool | None = None
 
@@ -61,7 +61,7 @@ class OllamaGenerate(Strict):
     system: str | None = None
     suffix: str | None = None
     images: list[str] | None = None
-    format: str | dict[str, Any] | None = None
+    format: Literal["json", ""] | dict[str, Any] | None = None
     options: dict[str, Any] | None = None
     stream: bool | None = None
     raw: bool | None = None
@@ -71,7 +71,7 @@ class OllamaEmbed(Strict):
     """POST /api/embed."""
 
     model: NonEmpty
-    input: str | list[str]
+    input: str | Annotated[list[str], Field(min_length=1)]
 
 
 class OllamaShow(Strict):
