@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lowbit.codecs.gguf.metadata import MetadataValue
 from lowbit.codecs.gguf.token_table import Source
 from lowbit.errors import CheckpointError
 
-__all__ = ["Frame", "frame_of", "special_token_metadata"]
+__all__ = ["Frame", "frame_notes", "frame_of", "special_token_metadata"]
 
 _END_OF_TURN = (
     "<|eot_id|>",
@@ -31,14 +32,12 @@ _KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask",
 """Role in transformers to the key's stem in GGUF (which spells separator so)."""
 
 
+@dataclass(frozen=True, slots=True)
 class Frame:
     """What a tokenizer puts before and after every text."""
 
-    __slots__ = ("after", "before")
-
-    def __init__(self, before: list[int], after: list[int]) -> None:
-        self.before = before
-        self.after = after
+    before: list[int]
+    after: list[int]
 
 
 def frame_of(source: Source) -> Frame:
@@ -51,15 +50,17 @@ def frame_of(source: Source) -> Frame:
     return Frame([], [])
 
 
-def special_token_metadata(source: Source, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
-    """``tokenizer.ggml.{bos,eos,…}_token_id`` and ``add_{bos,eos}_token``.
+def special_token_metadata(source: Source, config: Mapping[str, Any], size: int) -> dict[str, MetadataValue]:
+    """``tokenizer.ggml.{bos,eos,…}_token_id`` and ``add_{bos,eos}_token``; ids from ``size`` on do not count.
 
     Raises :class:`CheckpointError` when nothing says which token ends a text: llama.cpp would stop at token 11.
     """
     frame = frame_of(source)
     ends = [*_ids(config, "eos_token_id"), *_ids(_generation_config(source.where), "eos_token_id")]
-    size = source.backend.get_vocab_size(with_added_tokens=True)
-    named = {role: source.id_of(getattr(source.tokenizer, f"{role}_token", None)) for role in ("bos", "eos", *_KEYS)}
+    found_ids = {
+        role: source.id_of(getattr(source.tokenizer, f"{role}_token", None)) for role in ("bos", "eos", *_KEYS)
+    }
+    named = {role: id if id is None or id < size else None for role, id in found_ids.items()}
     bos = named["bos"]
     if len(frame.before) == 1:
         bos = frame.before[0]
@@ -83,6 +84,14 @@ def special_token_metadata(source: Source, config: Mapping[str, Any]) -> dict[st
     found["tokenizer.ggml.add_bos_token"] = bool(frame.before) and frame.before == [bos]
     found["tokenizer.ggml.add_eos_token"] = bool(frame.after) and frame.after == [eos]
     return found
+
+
+def frame_notes(source: Source, metadata: Mapping[str, MetadataValue]) -> Iterator[str]:
+    """What the original puts around every text and llama.cpp, which knows one token on each side, does not."""
+    frame = frame_of(source)
+    for ids, key, where in ((frame.before, "add_bos_token", "in front of"), (frame.after, "add_eos_token", "after")):
+        if ids and not metadata[f"tokenizer.ggml.{key}"]:
+            yield f"llama.cpp does not put {source.backend.decode(ids, skip_special_tokens=False)} {where} a text"
 
 
 def _end_of_turn(source: Source, ends: list[int]) -> int | None:

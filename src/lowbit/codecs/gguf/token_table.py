@@ -123,12 +123,14 @@ def source_of(where: Path, tokenizer: Any) -> Source:
 
 
 def token_table(source: Source, vocab_size: int) -> TokenTable:
-    """All ``vocab_size`` tokens; kinds of added tokens set, all others normal.
+    """All ``vocab_size`` tokens; kinds of added tokens set, all others normal. Added tokens beyond are left out.
 
     Raises :class:`CheckpointError` when the tokenizer has ids beyond the embedding's rows, :class:`UnsupportedError`
     when two ids would have the same text.
     """
-    vocabulary: dict[str, int] = source.backend.get_vocab(with_added_tokens=True)
+    added = {entry["content"] for entry in source.spec["added_tokens"]}
+    everything: dict[str, int] = source.backend.get_vocab(with_added_tokens=True)
+    vocabulary = {text: id for text, id in everything.items() if id < vocab_size or text not in added}
     last = max(vocabulary.values(), default=-1)
     if last < 0:
         raise CheckpointError(f"{source.where}: the tokenizer has an empty vocabulary")
@@ -142,7 +144,7 @@ def token_table(source: Source, vocab_size: int) -> TokenTable:
     for text, id in vocabulary.items():
         if "\0" not in text:  # llama.cpp would read it as ending there
             tokens[id], kinds[id] = text, NORMAL
-    for token in source.added:
+    for token in (token for token in source.added if token.id < vocab_size):
         control = token.special or token.text in _ALWAYS_CONTROL
         tokens[token.id], kinds[token.id] = token.text, CONTROL if control else USER_DEFINED
     check_unique(tokens, source.where)

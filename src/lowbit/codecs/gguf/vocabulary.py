@@ -9,6 +9,7 @@ the original's token ids on :data:`~lowbit.codecs.gguf.hard_texts.HARD_TEXTS`. K
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from lowbit.codecs.gguf.metadata import MetadataValue, Typed
 from lowbit.codecs.gguf.piece_files import has_only_pieces, tokenizer_from_pieces
 from lowbit.codecs.gguf.rebuilding import tokenizer_from_gguf, write_tokenizer
 from lowbit.codecs.gguf.sentencepiece import sentencepiece_metadata
-from lowbit.codecs.gguf.special_tokens import special_token_metadata
+from lowbit.codecs.gguf.special_tokens import frame_notes, special_token_metadata
 from lowbit.codecs.gguf.token_table import Source, source_of
 from lowbit.codecs.gguf.unigram import unigram_metadata
 from lowbit.codecs.gguf.wordpiece import wordpiece_metadata
@@ -50,8 +51,14 @@ def read_vocabulary(directory: Path, vocab_size: int, config: Mapping[str, Any])
     and :class:`UnsupportedError` when llama.cpp would give other token ids, naming the first text that differs.
     """
     source = source_of(Path(directory), _load(Path(directory)))
+    homeless = [token.text for token in source.added if token.id >= vocab_size]
+    # Some tokenizer classes of transformers add tokens of their own that the model has never seen.
+    source = dataclasses.replace(source, added=tuple(token for token in source.added if token.id < vocab_size))
     metadata, notes = _convert(source)(source, vocab_size)
-    metadata.update(special_token_metadata(source, config))
+    if homeless:
+        notes.append(f"added tokens without a row in the embedding are left out: {', '.join(homeless)[:200]}")
+    metadata.update(special_token_metadata(source, config, vocab_size))
+    notes += frame_notes(source, metadata)
     metadata.update(_chat_templates(source))
     return Vocabulary(metadata, tuple(notes))
 

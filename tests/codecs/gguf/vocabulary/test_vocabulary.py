@@ -113,6 +113,17 @@ def test_what_stands_around_a_text(
     assert llama_cpp_ids(metadata, ["some text"], special=True) == [tokenizer.encode("some text").ids]
 
 
+def test_more_than_one_token_in_front_is_noted(save_tokenizer: Callable[..., Path]) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["[gMASK]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[gMASK] <|bos|> $A", special_tokens=[("[gMASK]", 600), ("<|bos|>", 0)]
+    )
+    vocabulary = read_vocabulary(save_tokenizer(tokenizer, **SPECIAL), ROWS, {})
+    assert vocabulary.metadata["tokenizer.ggml.add_bos_token"] is False
+    assert vocabulary.notes == ("llama.cpp does not put [gMASK]<|bos|> in front of a text",)
+
+
 def test_merges_in_their_older_form(save_tokenizer: Callable[..., Path]) -> None:
     directory = save_tokenizer(byte_level(), **SPECIAL)
     pairs = vocabulary_metadata(directory, ROWS, {})["tokenizer.ggml.merges"]
@@ -179,6 +190,16 @@ def test_an_embedding_that_is_too_small(save_tokenizer: Callable[..., Path]) -> 
     directory = save_tokenizer(byte_level(), **SPECIAL)
     with pytest.raises(CheckpointError, match="600 tokens but the embedding only 512 rows"):
         read_vocabulary(directory, 512, {})
+
+
+def test_added_tokens_without_embedding_are_left_out(save_tokenizer: Callable[..., Path]) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|im_end|>", "<|never|>"])
+    vocabulary = read_vocabulary(save_tokenizer(tokenizer, **SPECIAL, pad_token="<|never|>"), 601, {})
+    tokens: Any = vocabulary.metadata["tokenizer.ggml.tokens"]
+    assert tokens[600:] == ["<|im_end|>"]
+    assert "tokenizer.ggml.padding_token_id" not in vocabulary.metadata
+    assert vocabulary.notes == ("added tokens without a row in the embedding are left out: <|never|>",)
 
 
 def test_some_token_must_end_a_text(save_tokenizer: Callable[..., Path]) -> None:
