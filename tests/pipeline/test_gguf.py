@@ -14,17 +14,20 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import lowbit
 from lowbit.checkpoint import read_manifest
 from lowbit.codecs import dense_names, module_plan, open_model, read_dense
 from lowbit.codecs.gguf.container import open_gguf
 from lowbit.codecs.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
+from lowbit.engines.llama_cpp import LlamaCpp
 from lowbit.errors import CheckpointError, NumericsError, ResourceError, UnsupportedError, UsageError
 from lowbit.pipeline import gguf_stream
 from lowbit.pipeline.gguf import quantize_gguf
 from lowbit.pipeline.gguf_convert import convert
 from lowbit.pipeline.gguf_stream import read_ahead
+from lowbit.pipeline.streamed import StreamedModel
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
 TEXT = {"samples": 4, "seq_len": 64, "held_out_tokens": 0}
@@ -342,3 +345,46 @@ def test_reading_ahead_hands_errors_on_and_stops_with_its_reader() -> None:
     assert next(reader) == 0
     reader.close()  # type: ignore[attr-defined]
     assert len(produced) < 10
+
+
+def test_encoders_have_no_importance(tmp_path: Path, calibration_file: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "##s", "."]
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words += [*letters, *(f"##{letter}" for letter in letters if letter != "s")]
+    source = tmp_path / "bert"
+    source.mkdir()
+    (source / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab_file=str(source / "vocab.txt")).save_pretrained(source)
+    BertModel(
+        BertConfig(
+            vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+        )
+    ).save_pretrained(source)
+    result = quantize_gguf(source, tmp_path / "bert.gguf", scheme="Q8_0", calibration=calibration_file)
+    assert len(result.modules) == 13
+    assert str(open_gguf(tmp_path / "bert.gguf").tensors["position_embd.weight"].type) == "F32"
+    with pytest.raises(UnsupportedError, match=r"an encoder.*use a scheme that needs none"):
+        quantize_gguf(source, tmp_path / "x.gguf", imatrix="auto", calibration=calibration_file)
+    with pytest.raises(UnsupportedError, match="an encoder"):
+        lowbit.imatrix(source, tmp_path / "x.gguf", calibration=calibration_file)
+
+
+@pytest.mark.parametrize("scheme", ["F32", "Q8_0", "Q4_K_M", "Q3_K_S"])
+def test_llama_cpp_goes_on_as_lowbit_does(scheme: str, tmp_path: Path) -> None:
+    out = tmp_path / "demo.gguf"
+    quantize_gguf("demo", out, scheme=scheme)
+    with LlamaCpp(out, context=128, threads=1) as engine:
+        prompt = engine.tokenize("def main(self):\n    ")
+        said = engine.greedy(prompt, 16)
+    ids = torch.tensor([[*prompt, *(token.id for token in said)]])
+    with open_model(out) as checkpoint, torch.no_grad():
+        model = StreamedModel(checkpoint)
+        hidden = model.embed(ids)
+        for index in range(len(model.block_names)):
+            hidden = model.run_block(model.load_block(index), index, hidden)
+        expected = model.logits(hidden).log_softmax(-1)[0, len(prompt) - 1 : -1]
+    # llama.cpp rounds activations to 8 bits where weights are quantized
+    margin = 0.01 if scheme == "F32" else 0.3
+    for token, row in zip(said, expected, strict=True):
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=margin)
+        assert float(row[token.id]) >= float(row.max()) - margin

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, and write the figures where they are asked for."""
-    from lowbit.checkpoint import MANIFEST_NAME, update_quality
+    from lowbit.checkpoint import manifest_path, update_quality
     from lowbit.evaluation.evaluate import evaluate
 
     model = Path(arguments.model)
@@ -74,10 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
         page = report(Path(arguments.report), model, result)
         if arguments.json != "-":
             print(f"report: {page}")
-    if result.reference is not None and (model / MANIFEST_NAME).exists():
+    if result.reference is not None and manifest_path(model).exists():
         update_quality(model, result.certificate())
         if arguments.json != "-":
-            print(f"certificate: {model / MANIFEST_NAME}")
+            print(f"certificate: {manifest_path(model)}")
     return 0
 
 

@@ -32,7 +32,7 @@ from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.formats.ggml import GgmlType
 from lowbit.pipeline.gguf_output import Output, check_name, is_gguf_name
 from lowbit.pipeline.gguf_stream import Task
-from lowbit.pipeline.imatrix import collect, unseen_experts
+from lowbit.pipeline.imatrix import collect, is_encoder, refuse_encoder, unseen_experts
 from lowbit.pipeline.job import DEMO, calibration_data, compute_device
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.quantize import QuantizeResult
@@ -146,7 +146,7 @@ def quantize_gguf(
         job = _plan(source, checkpoint, out, mix, chosen, overwrite)
         vocabulary = job.output.vocabulary()
         job.notes += [*job.output.export.notes, *vocabulary.notes]
-        if chosen.imatrix == AUTO or _wants_text(source, chosen):
+        if chosen.imatrix == AUTO or (_wants_text(source, chosen) and not is_encoder(job.output.export)):
             _calibrate(job, progress)
         for note in job.notes:
             progress.message(note)
@@ -241,6 +241,8 @@ def _plan(
         overrides=overrides,
         pure=settings.pure,
     )
+    if settings.imatrix == AUTO:
+        refuse_encoder(export, str(checkpoint.path))
     if settings.imatrix is None:
         _ask_for_importance(mix, types)
     tasks = [Task(tensor, types[tensor.name]) for tensor in export.tensors]

@@ -20,16 +20,16 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.codecs.gguf.architectures import ExportTensor, export_plan
+from lowbit.codecs.gguf.architectures import ExportPlan, ExportTensor, export_plan
 from lowbit.codecs.gguf.imatrix import FORMS, Form, ImportanceMatrix, write_imatrix
-from lowbit.errors import NumericsError, UsageError
+from lowbit.errors import NumericsError, UnsupportedError, UsageError
 from lowbit.pipeline.job import DEMO, calibration_data, compute_device
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.store import ActivationStore
 from lowbit.pipeline.streamed import StreamedModel
 from lowbit.planning import probe
 
-__all__ = ["ImatrixResult", "collect", "imatrix", "unseen_experts"]
+__all__ = ["ImatrixResult", "collect", "imatrix", "is_encoder", "refuse_encoder", "unseen_experts"]
 
 TOKENS_PER_FORWARD = 2048
 
@@ -85,7 +85,8 @@ def imatrix(
     with open_checkpoint(
         source, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
     ) as checkpoint:
-        tensors = export_plan(checkpoint).tensors
+        export = export_plan(checkpoint)
+        refuse_encoder(export, str(checkpoint.path))
         model = StreamedModel(checkpoint, device=compute_device(device), trust_remote_code=trust_remote_code)
         data, _ = calibration_data(
             DEMO if calibration is None and str(source) == DEMO else calibration,
@@ -96,7 +97,7 @@ def imatrix(
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
-        matrix = collect(model, data.ids, tensors, data.name, progress)
+        matrix = collect(model, data.ids, export.tensors, data.name, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_imatrix(out, matrix, form, overwrite=overwrite)
     return ImatrixResult(
@@ -108,6 +109,20 @@ def imatrix(
         time.perf_counter() - started,
         data.notes,
     )
+
+
+def is_encoder(export: ExportPlan) -> bool:
+    """Whether the model makes embeddings of whole texts, which is not run token by token."""
+    return export.metadata.get(f"{export.architecture}.attention.causal") is False
+
+
+def refuse_encoder(export: ExportPlan, where: str) -> None:
+    """Raise :class:`UnsupportedError` for a model whose activations lowbit does not collect."""
+    if is_encoder(export):
+        raise UnsupportedError(
+            f"{where}: importance is collected from causal language models, and this one is an encoder",
+            ["use a scheme that needs none, e.g. Q8_0 or Q4_K_M, without --imatrix auto"],
+        )
 
 
 def unseen_experts(matrix: ImportanceMatrix) -> tuple[str, ...]:
