@@ -4,9 +4,10 @@
     python benchmarks/memory.py --parts files llama.cpp --shape 1.1b --layers 22
     python benchmarks/memory.py --parts vllm --contexts 1024 4096 --concurrency 1 4
 
-Serving: a server of its own for each context and number of requests gets that many prompts of three quarters of the context
-at once, and what it then has resident is compared with what `lowbit.estimate` said before. Shared pages are counted
-once over the processes of an engine (the kernel's proportional set size).
+Serving: a server of its own for each context and number of requests gets that many prompts of three quarters of the
+context at once, and what it then has resident is compared with what `lowbit.estimate` said before. Shared pages are
+counted once over the processes of an engine (the kernel's proportional set size). llama.cpp reads its file instead of
+mapping it: mapped pages come and go with the page cache.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def _child_llama_cpp(asked: dict[str, Any]) -> None:
     parameters.n_parallel = asked["concurrency"]
     parameters.cpuparams.n_threads = asked["threads"]
     parameters.n_gpu_layers = 0
+    parameters.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     server = xllamacpp.Server(parameters)
     length = max(8, 3 * asked["context"] // 4)
     body = {"n_predict": 4, "temperature": 0, "cache_prompt": False}
@@ -180,6 +182,8 @@ def _child_llama_cpp(asked: dict[str, Any]) -> None:
 
 def _child_vllm(asked: dict[str, Any]) -> None:
     os.environ.update({"OMP_NUM_THREADS": str(asked["threads"]), "VLLM_LOGGING_LEVEL": "ERROR"})
+    # This folder has a kernels.py, which would stand in for a package of that name.
+    sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     from vllm import LLM, SamplingParams
 
     engine = LLM(

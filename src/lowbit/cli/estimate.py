@@ -208,6 +208,8 @@ def closing(result: Estimate, shown: list[PrecisionEstimate]) -> dict[str, str]:
             f"{human_bytes(chosen.making['peak_memory'])} of memory at most, "
             f"{human_bytes(chosen.making['scratch'])} of scratch (GPTQ, 128 × 2048 tokens)"
         )
+    if chosen.reclaimable:
+        lines["page cache"] = f"{human_bytes(chosen.reclaimable)} more stay mapped until the memory is needed"
     if chosen.host and result.devices.gpu:
         lines["host memory"] = human_bytes(chosen.host)
     return lines

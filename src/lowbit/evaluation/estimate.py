@@ -263,6 +263,7 @@ def _precision(asked: _Asked, variant: Variant) -> PrecisionEstimate:
         kinds=kinds,
         parts=dict(memory.parts),
         host=memory.host,
+        reclaimable=memory.reclaimable,
         budget=budget,
         free=budget - memory.total,
         fits=fits,

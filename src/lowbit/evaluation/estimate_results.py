@@ -58,7 +58,7 @@ class PrecisionEstimate:
     ``file_bytes``      all weight files; ``exact`` to the byte
     ``kinds``           bytes of weights on one device by kind of module
     ``parts``           bytes on one device: weights, kv cache, activations, graphs, engine
-    ``host``            bytes in host memory beside GPUs
+    ``host``            bytes in host memory beside GPUs; ``reclaimable`` mapped pages that the system can take back
     ``budget``          bytes of a device that the engine may fill; ``free`` what is left of them (negative: missing)
     ``tokens_left``     tokens of cache that still fit
     ``concurrency``, ``context``  the largest that fit, the other as asked; 0 if none
@@ -77,6 +77,7 @@ class PrecisionEstimate:
     kinds: Mapping[str, int] = field(default_factory=dict)
     parts: Mapping[str, int] = field(default_factory=dict)
     host: int = 0
+    reclaimable: int = 0
     budget: int = 0
     free: int = 0
     fits: bool = False
@@ -104,8 +105,6 @@ class PrecisionEstimate:
         for part, size in self.parts.items():
             if part != "weights":
                 found[part] += size
-        # Copies that an engine keeps beyond the tensors.
-        found["other"] += max(0, self.parts.get("weights", 0) - sum(self.kinds.values()))
         return {part: size for part, size in found.items() if size}
 
 

@@ -18,7 +18,7 @@ from lowbit.pipeline.gguf_stream import Task
 from lowbit.planning import PlannedModule
 
 REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"})
-"""Types that llama.cpp copies into another order on a CPU with AVX2, beside the mapped file (measured)."""
+"""Types that llama.cpp copies into another order on a CPU with AVX2 (measured); the mapped originals stay cached."""
 
 _EMBEDDING = "token_embd.weight"
 

@@ -38,7 +38,7 @@ class Encoder:
 class Served:
     """A model as engines see it. ``weights`` are bytes on one device, ``embedding`` those of its token table.
 
-    ``repacked`` are bytes that llama.cpp copies into another order on a CPU, keeping the mapped file as well.
+    ``repacked`` are bytes that llama.cpp copies into another order on a CPU, the mapped originals staying cached.
     """
 
     shape: ModelDescription
@@ -66,10 +66,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes by part on one device, and on the host beside it (the whole on a machine without GPUs)."""
+    """Bytes by part on one device, and on the host beside it; ``reclaimable`` more may be mapped, which the system
+    takes back when it needs them."""
 
     parts: Mapping[str, int]
     host: int = 0
+    reclaimable: int = 0
 
     @property
     def total(self) -> int:
@@ -104,9 +106,8 @@ def llama_cpp_memory(model: Served, load: Load) -> Memory:
     compute = 4 * tokens * 5 * shape.hidden + widest + masks
     process = LLAMA_CPP_BASE + LLAMA_CPP_PER_TOKEN * shape.vocab
     if not load.gpu:
-        weights = model.weights + model.repacked
-        parts = {"weights": weights, "kv cache": cache.bytes, "activations": compute + logits, "engine": process}
-        return Memory(parts)
+        parts = {"weights": model.weights, "kv cache": cache.bytes, "activations": compute + logits, "engine": process}
+        return Memory(parts, reclaimable=model.repacked)
     # The token table stays in host memory; a tied one is copied to the device to serve as the output matrix.
     kept = model.embedding if not shape.tied else 0
     parts = {
