@@ -86,17 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is loaded. By default OpenMP's threads spin at every barrier: beside another busy process that
     # was measured at up to four times the processor time of the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    verb = ""
+    hint = ""
     try:
         arguments = build_parser().parse_args(argv)
-        verb = arguments.verb
+        if arguments.verb == "quantize" and not arguments.out.endswith(".gguf"):
+            hint = ": the same command with --resume goes on from the last finished block"
         return int(arguments.run(arguments))
     except SystemExit as leaving:  # --help and --version
         return int(leaving.code or 0)
     except LowbitError as error:
         return complain(str(error))
     except KeyboardInterrupt:
-        hint = ": the same command with --resume goes on from the last finished block" if verb == "quantize" else ""
         print(f"\nlowbit: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
