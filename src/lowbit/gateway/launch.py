@@ -179,7 +179,7 @@ def _spec(
             log=log,
         )
     if facts.engine == "encoder":
-        return _encoder_spec(tier_id, model, tier, facts, threads, log)
+        return _encoder_spec(tier_id, model, tier, facts, upstream, threads, log)
     profile = ENGINES[facts.engine]
     given = tier.flags.model_dump(exclude={"extra"})
     if given["threads"] is None and facts.engine == "llama.cpp":
@@ -236,21 +236,29 @@ def _warmup(model: ModelConfig, upstream: str) -> tuple[str, dict[str, object]]:
 
 
 def _encoder_spec(
-    tier_id: str, model: ModelConfig, tier: TierConfig, facts: TierFacts, threads: int, log: Path | None
+    tier_id: str,
+    model: ModelConfig,
+    tier: TierConfig,
+    facts: TierFacts,
+    upstream: str,
+    threads: int,
+    log: Path | None,
 ) -> EngineSpec:
-    """The encoder engine on sentence-transformers, a process of its own."""
+    """The encoder engine, a process of its own."""
     key = secrets.token_hex(16)
     command = (
         *(tier.python or sys.executable, "-m", "lowbit.engines.encoder_server", "--model", str(facts.path)),
-        *("--kind", model.kind, "--port", "{port}", "--threads", str(tier.flags.threads or threads)),
+        *("--name", upstream, "--kind", model.kind, "--port", "{port}"),
+        *("--threads", str(tier.flags.threads or threads), *(["--int8"] if tier.quantize == "int8" else [])),
         *tier.flags.extra,
     )
     return EngineSpec(
         tier_id,
         command,
-        env={KEY_VARIABLE: key, **tier.env},
+        env={KEY_VARIABLE: key, "OMP_WAIT_POLICY": "PASSIVE", **tier.env},
         headers={"Authorization": f"Bearer {key}"},
-        warmup=_warmup(model, tier_id),
+        warmup=_warmup(model, upstream),
+        probe="/v1/models",
         ready_timeout=tier.ready_timeout,
         hang_timeout=tier.hang_timeout,
         log=log,

@@ -93,7 +93,7 @@ def _facts(model: ModelConfig, tier: TierConfig, say: Callable[[str], None]) -> 
     engine = _engine(model, tier, path)
     if engine == "encoder":
         weights = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
-        return TierFacts(engine, str(path), 2 * weights + _ENCODER_PROCESS, 32.0)
+        return TierFacts(engine, str(path), 2 * weights + _ENCODER_PROCESS, 8.0 if tier.quantize == "int8" else 32.0)
     source = path
     if engine == "llama.cpp" and (path.suffix != ".gguf" or tier.quantize):
         path = _gguf(tier, path, say)
@@ -110,7 +110,7 @@ def _engine(model: ModelConfig, tier: TierConfig, path: Path) -> str:
         return tier.engine
     if path.suffix == ".gguf":
         return "llama.cpp"
-    if model.kind != "chat" and importlib.util.find_spec("sentence_transformers") is not None:
+    if model.kind != "chat":
         return "encoder"
     if tier.python is not None or (importlib.util.find_spec("vllm") is not None and probe().gpus):
         return "vllm"
