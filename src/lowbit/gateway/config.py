@@ -296,7 +296,6 @@ def config_for_model(
     engine: EngineName = "auto",
     context: int | None = None,
     concurrency: int = 4,
-    threads: int | None = None,
     quantize: str | None = None,
     python: str | None = None,
     **serve: Any,
@@ -311,7 +310,6 @@ def config_for_model(
         "concurrency": concurrency,
         "quantize": quantize,
         "python": python,
-        "flags": {"threads": threads},
         "pinned": True,
     }
     return parse_config({"models": {model: {"tiers": [tier]}}, **serve}, where="lowbit serve")

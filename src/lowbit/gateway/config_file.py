@@ -57,8 +57,10 @@ def _note_lines(node: yaml.Node, path: tuple[str | int, ...], lines: Lines, wher
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str, lines: Lines) -> str:
-    """The first complaint of pydantic as ``file:line: key: what is wrong``, with a suggestion for an unknown key."""
-    first = error.errors(include_url=False)[0]
+    """The complaint that explains most, as ``file:line: key: what is wrong``; an unknown key with a suggestion."""
+    complaints = error.errors(include_url=False)
+    # a misspelt key is also missing under its right name: say what was misspelt
+    first = next((each for each in complaints if each["type"] == "extra_forbidden"), complaints[0])
     location = tuple(first["loc"])
     line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), lines.get(()))
     place = f"{where}:{line}" if line else where

@@ -1,0 +1,118 @@
+"""One vocabulary of settings: what each engine is told, and what is refused with which reason."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from lowbit.engines.flags import EngineFlags, build_command
+from lowbit.engines.llama_server import build_parser
+from lowbit.engines.presets import ENGINES, LLAMA_CPP
+from lowbit.engines.vllm import VLLM, check_vllm, speculative_config
+from lowbit.errors import UnsupportedError
+
+EVERY: dict[str, Any] = {
+    "context": 4096,
+    "concurrency": 8,
+    "kv_dtype": "f16",
+    "prefix_caching": True,
+    "kv_offload": 4 * 1024**3,
+    "cpu_offload": 2 * 1024**3,
+    "tensor_parallel": 2,
+    "pipeline_parallel": 2,
+    "draft_model": "draft",
+    "draft_tokens": 4,
+    "gpu_layers": 10,
+    "gpu_memory": 0.8,
+    "threads": 3,
+    "mmproj": "eyes.gguf",
+}
+
+
+def test_every_setting_is_listed_here() -> None:
+    assert set(EVERY) == {item.name for item in fields(EngineFlags)} - {"extra"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("setting", EVERY)
+def test_every_engine_takes_a_setting_or_says_why_not(engine: str, setting: str) -> None:
+    profile = ENGINES[engine]
+    given = {setting: EVERY[setting]}
+    if setting == "draft_tokens":
+        given["draft_model"] = "draft"
+    if setting == "kv_dtype" and engine == "tgi":
+        given["kv_dtype"] = "fp8"
+    flags = EngineFlags(**given)
+    if profile.refused.get(setting):
+        with pytest.raises(UnsupportedError, match=f"{setting}: .{{15}}"):
+            build_command(profile, "model", "name", flags, "python")
+        return
+    command, environment = build_command(profile, "model", "name", flags, "python")
+    assert "{port}" in " ".join(command)
+    assert all(isinstance(part, str) for part in command)
+    assert all(isinstance(value, str) for value in environment.values())
+
+
+def test_vllm() -> None:
+    flags = EngineFlags(
+        context=8192, concurrency=16, kv_dtype="fp8", prefix_caching=False, cpu_offload=3 * 1024**3,
+        tensor_parallel=2, gpu_memory=0.9, threads=4, extra=("--dtype", "float32"),
+    )  # fmt: skip
+    command, environment = build_command(VLLM, "/m", "chat", flags, "/venv/python")
+    assert " ".join(command[1:]) == (
+        "-m vllm.entrypoints.openai.api_server --model /m --served-model-name chat --host {host} --port {port} "
+        "--max-model-len 8192 --max-num-seqs 16 --kv-cache-dtype fp8 --no-enable-prefix-caching --cpu-offload-gb 3 "
+        "--tensor-parallel-size 2 --gpu-memory-utilization 0.9 --dtype float32"
+    )
+    assert environment == {"OMP_NUM_THREADS": "4"}
+
+
+def test_what_vllm_refuses_only_when_it_starts_is_refused_here() -> None:
+    check_vllm(EngineFlags(draft_model="d", prefix_caching=True, kv_offload=1))
+    with pytest.raises(UnsupportedError, match="one pipeline stage only"):
+        check_vllm(EngineFlags(draft_model="d", pipeline_parallel=2))
+    with pytest.raises(UnsupportedError, match="is the prefix cache"):
+        check_vllm(EngineFlags(kv_offload=1, prefix_caching=False))
+    assert speculative_config(EngineFlags()) == ()
+    assert '"num_speculative_tokens": 4' in speculative_config(EngineFlags(draft_model="d"))[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tensor_parallel": 2, "gpu_memory": 0.5}, "tensor_parallel: llama.cpp divides.*gpu_memory: say gpu_layers"),
+        ({"kv_dtype": "fp8"}, "llama.cpp has no fp8 KV cache: kv_dtype may be auto, bf16, f16"),
+        ({"draft_tokens": 3}, "draft_tokens: needs draft_model"),
+    ],
+)
+def test_refusals_give_every_reason(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        build_command(LLAMA_CPP, "m", "n", EngineFlags(**given), "python")
+
+
+def test_llama_cpp_understands_its_own_command_line() -> None:
+    given = {key: value for key, value in EVERY.items() if key not in LLAMA_CPP.refused}
+    command, _ = build_command(LLAMA_CPP, "m.gguf", "chat", EngineFlags(**given), "python")
+    text = [part.replace("{port}", "1234") for part in command[3:]]
+    parsed: argparse.Namespace = build_parser().parse_args(text)
+    assert (parsed.model, parsed.alias, parsed.port) == ("m.gguf", "chat", 1234)
+    assert (parsed.context, parsed.parallel, parsed.threads, parsed.kv_dtype) == (4096, 8, 3, "f16")
+    assert (parsed.prefix_cache_mib, parsed.draft_model, parsed.draft_tokens) == (4096, "draft", 4)
+
+
+def test_llama_cpp_parameters() -> None:
+    pytest.importorskip("xllamacpp")
+    from lowbit.engines.llama_server import build_params
+
+    text = "--model m --port 1 --context 100 --parallel 3 --threads 2 --kv-dtype q8_0 --no-prefix-cache --rerank"
+    parsed = build_parser().parse_args([*text.split(), "--draft-model", "d"])
+    params = build_params(parsed)
+    assert (params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.cpuparams.poll) == (300, 3, 2, 0)
+    assert params.cache_type_k == params.cache_type_v
+    assert params.embedding
+    assert not params.cache_prompt
+    assert not params.ctx_shift, "a prompt is never silently cut"
+    assert params.speculative.draft.mparams.path == "d"
