@@ -15,7 +15,7 @@ import torch
 
 from lowbit.calibration import CalibrationSet
 from lowbit.checkpoint import Checkpoint
-from lowbit.codecs import module_plan, open_model
+from lowbit.codecs import module_plan, open_model, stored_format
 from lowbit.codecs.gguf.architectures import ExportPlan, export_plan
 from lowbit.codecs.gguf.imatrix import ImportanceMatrix, read_imatrix
 from lowbit.codecs.gguf.metadata import MetadataValue
@@ -30,7 +30,7 @@ from lowbit.codecs.gguf.mixes import (
 )
 from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.formats.ggml import GgmlType
-from lowbit.pipeline.gguf_output import Output, check_name, is_gguf_name
+from lowbit.pipeline.gguf_output import Output, check_name, is_gguf_name, named
 from lowbit.pipeline.gguf_stream import Task
 from lowbit.pipeline.imatrix import collect, is_encoder, refuse_encoder, unseen_experts
 from lowbit.pipeline.job import DEMO, calibration_data, compute_device
@@ -231,7 +231,7 @@ def _plan(
 ) -> _Job:
     """Decide everything that needs no data; raises before any work if it cannot work."""
     plan = module_plan(checkpoint)
-    export = export_plan(checkpoint, plan)
+    export = named(export_plan(checkpoint, plan), source)
     overrides = parse_overrides(settings.types)
     types = choose_types(
         mix,
@@ -248,6 +248,11 @@ def _plan(
     tasks = [Task(tensor, types[tensor.name]) for tensor in export.tensors]
     output = Output(out, checkpoint, plan, export, tasks, mix.file_type, settings.split_bytes, overwrite)
     job = _Job(source, settings, mix, output, _fallback_notes(mix, export, types, settings))
+    if plan:
+        job.notes.append(
+            f"the source is quantized already ({stored_format(plan)}), and its rounding stays in the weights: "
+            "lowbit convert carries codes over as they are where they fit"
+        )
     if settings.imatrix is not None and settings.imatrix != AUTO:
         matrix = read_imatrix(settings.imatrix)
         job.notes += _check_imatrix(matrix, Path(settings.imatrix), mix, tasks)

@@ -21,7 +21,7 @@ from lowbit.codecs.reading import local_tensors
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.formats.ggml import GGML_TYPES, GgmlType
 from lowbit.formats.ggml.grids import BLOCK, Rounding, grid_type
-from lowbit.pipeline.gguf_output import Output, WrittenModel, check_name, is_gguf_name
+from lowbit.pipeline.gguf_output import Output, WrittenModel, check_name, is_gguf_name, named
 from lowbit.pipeline.gguf_stream import Task
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.streamed import model_dtype
@@ -114,7 +114,7 @@ def convert_to_gguf(
         torch.no_grad(),
     ):
         plan = module_plan(checkpoint)
-        export = export_plan(checkpoint, plan)
+        export = named(export_plan(checkpoint, plan), source)
         base = find_mix(_base(checkpoint, dtype))
         chosen = choose_types(base, export.tensors, export.metadata)
         carried = _carried(checkpoint, plan, export.tensors)
@@ -130,7 +130,7 @@ def convert_to_gguf(
         output.write_manifest(written, source, recipe, origin.calibration if origin else None, reports)
     return ConversionResult(
         out=written.files[0].path,
-        source_format="gguf" if isinstance(next(iter(plan.values()), None), StoredBlocks) else stored_format(plan),
+        source_format=stored_format(plan),
         format="gguf",
         modules=len(plan),
         regridded=0,

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lowbit.pipeline.gguf_stream import Tally, Task, encoded
 from lowbit.pipeline.progress import Progress
 from lowbit.planning import free_disk
 
-__all__ = ["Output", "WrittenModel", "check_name", "hash_source", "is_gguf_name"]
+__all__ = ["Output", "WrittenModel", "check_name", "hash_source", "is_gguf_name", "named"]
 
 _FLOATS = frozenset(("F32", "F16", "BF16"))
 
@@ -45,6 +45,13 @@ def check_name(out: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{out}: is a directory: name a file in it, e.g. {out / 'model.gguf'}")
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: exists already: name another file, or --overwrite")
+
+
+def named(export: ExportPlan, source: str | Path) -> ExportPlan:
+    """The plan with the name that the user gave the model, where that is none of a directory."""
+    if Path(source).exists():
+        return export
+    return replace(export, metadata={**export.metadata, "general.name": str(source).rpartition("/")[2]})
 
 
 def hash_source(checkpoint: Checkpoint) -> dict[str, str]:
