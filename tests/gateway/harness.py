@@ -74,6 +74,14 @@ class Bench:
             assert response.status == 200, await response.text()
             return await response.text()
 
+    async def until_idle(self) -> None:
+        """Wait until nothing is under way, in engines or pool."""
+        for _ in range(100):
+            if not any(engine.active for engine in self.engines) and not any(self.pool.in_flight.values()):
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError("something is still under way")
+
 
 @asynccontextmanager
 async def gateway(

@@ -68,7 +68,7 @@ def test_other_routes() -> None:
             status, answer = await bench.post("/v1/responses", {"model": "assistant", "input": "hi"})
             assert (status, answer["error"]["type"]) == (501, "not_supported_error")
             status, answer = await bench.post("/v1/embeddings", {"model": "assistant", "input": "a"})
-            assert (status, answer["error"]["code"]) == (400, "not_supported")
+            assert (status, answer["error"]["code"]) == (404, "not_supported")
             assert "embedder" in answer["error"]["message"]
             assert all(count == 0 for count in bench.pool.in_flight.values())
 
@@ -128,7 +128,7 @@ def test_failure_before_the_first_token_goes_to_the_next_tier(fault: str, stream
             assert first.reports == [("failed", kind)]
             assert second.reports[-1] == ("done", 16)
             assert [first.released, second.released] == [1, 1]
-            await until_idle(bench)
+            await bench.until_idle()
 
     run(scenario)
 
@@ -196,7 +196,7 @@ def test_a_client_that_leaves_cancels_the_generation(stream: bool) -> None:
                 (await task).close()
             else:
                 task.cancel()
-            await until_idle(bench)
+            await bench.until_idle()
             engine = bench.engines[0]
             assert (engine.counts["cancelled"], engine.counts["completed"], engine.active) == (1, 0, 0)
             assert bench.pool.leases[0].released == 1
@@ -214,14 +214,6 @@ async def all_speak(bench: Bench, url: str, streams: int) -> None:
             return
         await asyncio.sleep(0.02)
     raise AssertionError("the engine is too slow")
-
-
-async def until_idle(bench: Bench) -> None:
-    for _ in range(100):
-        if not any(engine.active for engine in bench.engines) and not any(bench.pool.in_flight.values()):
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("something is still under way")
 
 
 def test_a_prompt_that_does_not_fit_is_told_by_how_much() -> None:

@@ -21,6 +21,7 @@ from lowbit.gateway.protocol import PoolProtocol, RefusedError
 from lowbit.gateway.refusal import Refusal
 from lowbit.gateway.relay import Call, Relay
 from lowbit.gateway.routes import llama_cpp, ollama, openai, status, tgi
+from lowbit.gateway.routes import web as page
 from lowbit.gateway.state import CALL, KEY, REQUEST_ID, STATE, State, request_id
 
 __all__ = ["make_app", "serve"]
@@ -33,7 +34,7 @@ CLIENT_LEFT = 499
 
 _EXTRA: web.RequestKey[dict[str, str]] = web.RequestKey("headers", dict)
 
-_TABLES = (openai.ROUTES, ollama.ROUTES, tgi.ROUTES, llama_cpp.ROUTES, status.ROUTES)
+_TABLES = (openai.ROUTES, ollama.ROUTES, tgi.ROUTES, llama_cpp.ROUTES, status.ROUTES, page.ROUTES)
 _QUIET = frozenset({"/health", "/ready", "/metrics", "/status"})
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -127,6 +128,8 @@ async def _edge(request: web.Request, handler: Handler) -> web.StreamResponse:
             response = await _admit(request, handler, state, extra)
         except Refusal as refusal:
             response = _answer(refusal)
+            if refusal.status == 401 and request.path in page.PATHS:
+                response.headers["WWW-Authenticate"] = 'Basic realm="lowbit: any name, the API key as password"'
         except RefusedError as error:
             response = _answer(Refusal(error.status, error.message, code=error.code, retry_after=error.retry_after))
         except web.HTTPException as error:

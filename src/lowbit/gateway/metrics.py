@@ -159,7 +159,7 @@ class Metrics:
         self._queued = self._histogram("lowbit_queue_seconds", "Arrival to a place in an engine", ("model",))
         self._cancelled = self._counter("lowbit_cancelled", "Requests whose client left before the end", ("model",))
         self._events = {name: self._counter(title, text, TIER) for name, (title, text) in _EVENTS.items()}
-        self._completed = 0
+        self.flowed = 0
         self._children: dict[tuple[Any, ...], Any] = {}
         self.registry.register(self.gaps)
         self.registry.register(self._state)
@@ -191,11 +191,10 @@ class Metrics:
         """Tokens of one answer."""
         self._child(self._tokens, model, tier, "prompt").inc(prompt)
         self._child(self._tokens, model, tier, "completion").inc(completion)
-        self._completed += completion
 
     def total_tokens(self) -> int:
-        """Tokens of answers so far, of all models."""
-        return self._completed
+        """Tokens of answers so far, of all models; those of streams under way are counted by their events."""
+        return self.flowed
 
     def render(self, figures: Mapping[str, EngineFigures]) -> bytes:
         """The text of ``/metrics``; ``figures`` are the engines' own, by tier id."""

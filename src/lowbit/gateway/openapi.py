@@ -49,7 +49,14 @@ STREAMS: Mapping[str, str] = {
 ENGINE_ROUTES = frozenset(BODIES) - {"/api/show"}
 """Routes that ask an engine, and so take the headers that choose it."""
 
-PLAIN: Mapping[str, str] = {"/metrics": "text/plain", "/": "text/html"}
+PLAIN: Mapping[str, str] = {
+    "/metrics": "text/plain",
+    "/": "text/html",
+    "/style.css": "text/css",
+    "/app.js": "text/javascript",
+    "/markdown.js": "text/javascript",
+    "/status.js": "text/javascript",
+}
 """Path to the media type of an answer that is not JSON."""
 
 _ERROR = {

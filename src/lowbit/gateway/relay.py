@@ -113,7 +113,9 @@ class Answer:
         events = -self._empty - 2  # the finish reason and [DONE] carry no token
         try:
             while chunk:
-                events += chunk.count(b"\n\n")
+                count = chunk.count(b"\n\n")
+                events += count
+                self._metrics.flowed += count
                 if content.at_eof():
                     break
                 yield chunk
@@ -272,6 +274,7 @@ class Relay:
             usage = _checked(head, lease)
             call.prompt_tokens, call.completion_tokens = usage
             self.metrics.tokens(lease.model, lease.tier, *usage)
+            self.metrics.flowed += usage[1]
         call.first_token = time.perf_counter() - call.started
         if call.stream:
             self.metrics.first_token(lease.model, lease.tier, call.first_token)

@@ -128,7 +128,7 @@ def _check_kind(pool: PoolProtocol, name: str, kind: str | None) -> None:
         others = [other.name for other in pool.models() if other.kind == kind]
         hint = f"; of that kind is {', '.join(others)}" if others else f"; set kind: {kind} for one that can do it"
         message = f"{name!r} is a model of kind {model.kind}, this route wants {kind}{hint}"
-        raise Refusal(400, message, param="model", code="not_supported")
+        raise Refusal(404, message, param="model", code="not_supported")
 
 
 def _only_model(pool: PoolProtocol, kind: str | None) -> str:
