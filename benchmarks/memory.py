@@ -5,9 +5,9 @@
     python benchmarks/memory.py --parts vllm --contexts 1024 4096 --concurrency 1 4
 
 Serving: a server of its own for each context and number of requests gets that many prompts of three quarters of the
-context at once, and what it then has resident is compared with what `lowbit.estimate` said before. Shared pages are
-counted once over the processes of an engine (the kernel's proportional set size). llama.cpp reads its file instead of
-mapping it: mapped pages come and go with the page cache.
+context at once, and what it then has resident is compared with what `lowbit.estimate` said before. Of an engine of
+several processes, shared pages are counted once (the kernel's proportional set size). llama.cpp reads its file instead
+of mapping it: mapped pages come and go with the page cache.
 """
 
 from __future__ import annotations
@@ -249,11 +249,14 @@ def _tell(size: int) -> None:
 
 
 def _resident_bytes() -> int:
-    """Proportional set size of this process and its children."""
+    """Resident memory of this process; with children, what all of them have, shared pages once."""
     import psutil
 
     own = psutil.Process()
-    return sum(process.memory_full_info().pss for process in (own, *own.children(recursive=True)))
+    children = own.children(recursive=True)
+    if not children:
+        return int(own.memory_info().rss)
+    return sum(process.memory_full_info().pss for process in (own, *children))
 
 
 def _resident(python: Path, engine: str, asked: dict[str, Any]) -> int:
