@@ -116,3 +116,9 @@ def test_llama_cpp_parameters() -> None:
     assert not params.cache_prompt
     assert not params.ctx_shift, "a prompt is never silently cut"
     assert params.speculative.draft.mparams.path == "d"
+
+
+def test_an_engine_that_cannot_be_told_a_name_goes_by_its_path() -> None:
+    assert LLAMA_CPP.takes_name
+    assert VLLM.takes_name
+    assert not ENGINES["tgi"].takes_name

@@ -28,7 +28,19 @@ EXAMPLES = """\
   lowbit serve config.yaml
   lowbit serve config.yaml --print-command      # what would run, and nothing more"""
 
-_ENGINES = ("auto", "llama.cpp", "vllm", "encoder", "sglang", "lmdeploy", "tensorrt-llm", "tgi", "mistral.rs", "mlc")
+_ENGINES = (
+    "auto",
+    "llama.cpp",
+    "vllm",
+    "encoder",
+    "sglang",
+    "lmdeploy",
+    "tensorrt-llm",
+    "tgi",
+    "ollama",
+    "mistral.rs",
+    "mlc",
+)
 _NEEDED = ("aiohttp", "prometheus_client", "pydantic")
 _SHARE = 0.9
 

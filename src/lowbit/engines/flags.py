@@ -71,7 +71,11 @@ class EngineProfile:
     kv_dtypes: Mapping[str, str] | None = None
     health: str = "/health"
     probe: str | None = None
-    version: str = ""
+
+    @property
+    def takes_name(self) -> bool:
+        """Whether the engine can be told what to call the model; else it goes by its path."""
+        return any("{name}" in part for part in self.launch)
 
 
 def gib(flag: str) -> Option:

@@ -48,7 +48,6 @@ LLAMA_CPP = EngineProfile(
     },
     kv_dtypes=_LLAMA_KV,
     probe="/slots",
-    version="xllamacpp 2026.9",
 )
 
 _NO_GGUF = "only llama.cpp takes a separate image encoder"
@@ -76,7 +75,6 @@ SGLANG = EngineProfile(
     refused={"gpu_layers": _NO_LAYERS, "mmproj": _NO_GGUF},
     kv_dtypes={"auto": "auto", "f16": "auto", "bf16": "bf16", "fp8": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"},
     probe="/health_generate",
-    version="0.5",
 )
 
 LMDEPLOY = EngineProfile(
@@ -103,7 +101,6 @@ LMDEPLOY = EngineProfile(
         "mmproj": _NO_GGUF,
     },
     kv_dtypes={"auto": "0", "f16": "0", "bf16": "0", "int8": "8", "int4": "4"},
-    version="0.10",
 )
 
 TENSORRT_LLM = EngineProfile(
@@ -121,7 +118,6 @@ TENSORRT_LLM = EngineProfile(
         "TensorRT-LLM takes it from a YAML file: give ['--extra_llm_api_options', FILE] as extra",
     )
     | {"gpu_layers": _NO_LAYERS, "mmproj": _NO_GGUF},
-    version="1.0",
 )
 
 TGI = EngineProfile(
@@ -145,7 +141,6 @@ TGI = EngineProfile(
         "mmproj": _NO_GGUF,
     },
     kv_dtypes={"fp8": "fp8_e4m3fn", "fp8_e5m2": "fp8_e5m2"},
-    version="3",
 )
 
 OLLAMA = EngineProfile(
@@ -166,12 +161,11 @@ OLLAMA = EngineProfile(
     ),
     kv_dtypes={"f16": "f16", "auto": "f16", "int8": "q8_0", "int4": "q4_0"},
     health="/api/version",
-    version="0.12",
 )
 
 MISTRAL_RS = EngineProfile(
     name="mistral.rs",
-    launch=("mistralrs-server", "--serve-ip", "{host}", "--port", "{port}"),
+    launch=("mistralrs", "serve", "--host", "{host}", "--port", "{port}", "-m", "{model}"),
     options={"concurrency": "--max-seqs"},
     refused=dict.fromkeys(
         (
@@ -180,7 +174,7 @@ MISTRAL_RS = EngineProfile(
         ),
         "not mapped: give mistral.rs's own flags as extra",
     ),
-    version="0.6",
+    health="/v1/models",
 )
 
 MLC = EngineProfile(
@@ -199,7 +193,6 @@ MLC = EngineProfile(
         "MLC takes it as an override or at compile time: give ['--overrides', …] as extra",
     ),
     health="/v1/models",
-    version="0.20",
 )
 
 ENGINES: Mapping[str, EngineProfile] = {

@@ -24,7 +24,15 @@ VLLM = EngineProfile(
     name="vllm",
     launch=(
         # the builds for CPUs go by another package name, which `vllm serve` does not find itself by
-        *("{python}", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--served-model-name", "{name}"),
+        *(
+            "{python}",
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            "{model}",
+            "--served-model-name",
+            "{name}",
+        ),
         *("--host", "{host}", "--port", "{port}"),
     ),
     options={
@@ -46,7 +54,6 @@ VLLM = EngineProfile(
     },
     environment={"threads": "OMP_NUM_THREADS"},
     kv_dtypes=_KV,
-    version="0.33",
 )
 
 

@@ -134,7 +134,9 @@ def _plan(
         pinned=tier.pinned or model.pinned,
         remote=tier.url is not None,
     )
-    upstream = tier.upstream_model or (name if tier.url is None else tier.name)
+    profile = ENGINES.get(facts.engine)
+    nameless = tier.path is not None and profile is not None and not profile.takes_name
+    upstream = tier.upstream_model or (str(facts.path) if nameless else name if tier.url is None else tier.name)
     context = tier.context or facts.context
     headers = _bearer(tier.api_key, tier_id)
     if tier.url is not None:

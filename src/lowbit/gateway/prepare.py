@@ -89,6 +89,8 @@ def _facts(model: ModelConfig, tier: TierConfig, say: Callable[[str], None]) -> 
     from lowbit.checkpoint.location import locate
 
     named = str(tier.path)
+    if tier.engine == "ollama":  # which keeps models in a store of its own, under names of its own
+        return TierFacts(tier.engine, named, bits=tier.known_bits())
     path = Path(named).expanduser() if named.endswith(".gguf") else locate(named)
     engine = _engine(model, tier, path)
     if engine == "encoder":
