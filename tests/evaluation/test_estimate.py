@@ -114,6 +114,13 @@ def published(name: str, **arguments: object) -> Estimate:
     return estimate(CONFIGS / f"{name}.json", hardware=MACHINE, **arguments)  # type: ignore[arg-type]
 
 
+def test_bf16_is_a_gguf_file_to_llama_cpp() -> None:
+    found = estimate("demo", engine="llama.cpp", gpus=0, hardware=MACHINE)
+    assert [entry.format for entry in found.precisions] == ["gguf"] * len(found.precisions)
+    assert all(entry.fits for entry in found.precisions)
+    assert estimate("demo", schemes=("BF16",), hardware=MACHINE).precisions[0].format == "dense"
+
+
 def test_published_sizes() -> None:
     llama = published("llama-3.1-8b", schemes=("bf16", "Q4_K_M"), gpus=1, gpu_memory=24 * GIB)
     assert llama.parameters == 8_030_261_248

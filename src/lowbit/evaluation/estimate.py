@@ -110,7 +110,7 @@ def estimate_model(
     kv = parse_kv_dtype(kv_dtype, engine, str(opened.dtype).removeprefix("torch."))
     load = Load(context, concurrency, kv, batch_tokens or BATCH_TOKENS[engine], degree, devices.gpu)
     wanted = tuple(schemes) or _defaults(engine, opened)
-    variants = [make_variant(opened, scheme, format) for scheme in wanted]
+    variants = [make_variant(opened, scheme, format, prefer_gguf=engine == LLAMA_CPP) for scheme in wanted]
     asked = _Asked(opened, engine, load, devices, hardware)
     return Estimate(
         model=opened.name,

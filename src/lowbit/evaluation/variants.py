@@ -37,18 +37,22 @@ CONVERSION_PART_BYTES = 256 << 20
 """After how many bytes a conversion starts a new part, which decides the order of tensors in several files."""
 
 
-def make_variant(model: HeaderModel, scheme: str, format: str = "compressed-tensors") -> Variant:
+def make_variant(
+    model: HeaderModel, scheme: str, format: str = "compressed-tensors", *, prefer_gguf: bool = False
+) -> Variant:
     """``model`` as ``scheme`` would have it: ``stored``, a dense precision, a number format or a GGUF mix.
 
-    ``format`` is where a number format is stored. Raises :class:`UsageError` for a scheme or format that is not known;
+    ``format`` is where a number format is stored; ``prefer_gguf`` decides for names that mean both a dense precision and
+    a GGUF file (``bf16``). Raises :class:`UsageError` for a scheme or format that is not known;
     a combination that cannot work is a variant with a ``problem``.
     """
     name = _SHORT.get(scheme.strip().lower(), scheme.strip())
     if name.lower() == "stored":
         return _stored(model)
-    if name.lower() in FLOATS:
+    mix = is_mix(name) and not _reads_as_number_format(name)
+    if name.lower() in FLOATS and not (mix and prefer_gguf):
         return _dense(model, name.lower())
-    if is_mix(name) and not _reads_as_number_format(name):
+    if mix:
         return gguf_variant(model, name)
     return _quantized(model, _spec(scheme, name), format)
 
