@@ -149,7 +149,7 @@ class Fields:
         for name in names:
             value = self.values.get(name)
             if isinstance(value, list) and value and all(type(item) is int and item > 0 for item in value):
-                return max(value)
+                return int(max(value))
         return self.number(*names, default=default)
 
     def text(self, *names: str) -> str:

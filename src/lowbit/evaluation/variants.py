@@ -42,8 +42,8 @@ def make_variant(
 ) -> Variant:
     """``model`` as ``scheme`` would have it: ``stored``, a dense precision, a number format or a GGUF mix.
 
-    ``format`` is where a number format is stored; ``prefer_gguf`` decides for names that mean both a dense precision and
-    a GGUF file (``bf16``). Raises :class:`UsageError` for a scheme or format that is not known;
+    ``format`` is where a number format is stored; ``prefer_gguf`` decides for names that mean a dense precision and a
+    GGUF file alike (``bf16``). Raises :class:`UsageError` for a scheme or format that is not known;
     a combination that cannot work is a variant with a ``problem``.
     """
     name = _SHORT.get(scheme.strip().lower(), scheme.strip())
