@@ -125,7 +125,7 @@ MEMORY: Mapping[str, Callable[[Served, Load], Memory]] = {VLLM: vllm_memory, LLA
 BATCH_TOKENS: Mapping[str, int] = {VLLM: 2048, LLAMA_CPP: 512}
 """Tokens computed at a time unless a flag says otherwise."""
 
-LLAMA_CPP_BASE = 31 * MIB
+LLAMA_CPP_BASE = 36 * MIB
 LLAMA_CPP_PER_TOKEN = 225
 """Resident bytes of a llama.cpp process, and per token of the vocabulary (measured, release of autumn 2026)."""
 
