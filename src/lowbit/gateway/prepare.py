@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import LowbitError, UsageError
+from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
 from lowbit.gateway.known_facts import cache_directory, known_facts, remember_facts
 from lowbit.gateway.launch import TierFacts
@@ -30,8 +30,8 @@ __all__ = ["find_facts", "prepare"]
 _SCHEMES = {"int4": "Q4_K_M", "int5": "Q5_K_M", "int6": "Q6_K", "int8": "Q8_0", "fp16": "F16", "bf16": "BF16"}
 _DEFAULT_CONTEXT = 8192
 """Tokens of each request where nobody says otherwise and the model was made for as many."""
-_PROCESS = 96 * 1024**2
-"""What an engine's process holds beside the model: interpreter and libraries."""
+_PROCESS = 16 * 1024**2
+"""What an engine holds beside what the planner counts: the process that guards it."""
 _ENCODER_PROCESS = 600 * 1024**2
 
 
@@ -94,8 +94,9 @@ def _facts(model: ModelConfig, tier: TierConfig, say: Callable[[str], None]) -> 
     path = Path(named).expanduser() if named.endswith(".gguf") else locate(named)
     engine = _engine(model, tier, path)
     if engine == "encoder":
-        weights = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
-        return TierFacts(engine, str(path), 2 * weights + _ENCODER_PROCESS, 8.0 if tier.quantize == "int8" else 32.0)
+        return TierFacts(
+            engine, str(path), 2 * _weight_bytes(path) + _ENCODER_PROCESS, 8.0 if tier.quantize == "int8" else 32.0
+        )
     source = path
     if engine == "llama.cpp" and (path.suffix != ".gguf" or tier.quantize):
         path = _gguf(tier, path, say)
@@ -120,27 +121,23 @@ def _engine(model: ModelConfig, tier: TierConfig, path: Path) -> str:
 
 
 def _gguf(tier: TierConfig, source: Path, say: Callable[[str], None]) -> Path:
-    """A GGUF file of the checkpoint: exact where nothing else is asked for, made once, kept by the source's content."""
+    """A GGUF file of the checkpoint, made once: its own codes and values, or quantized if that is asked for."""
     import lowbit
 
-    scheme = _SCHEMES.get(tier.quantize.lower(), tier.quantize) if tier.quantize else _exact_scheme(source)
-    out = _cached(source, f"{scheme}.gguf", say)
-    if not out.exists():
-        say(f"writing it as GGUF {scheme} once, to {out}")
+    scheme = _SCHEMES.get(tier.quantize.lower(), tier.quantize) if tier.quantize else None
+    out = _cached(source, f"{scheme or 'as-it-is'}.gguf", say)
+    if out.exists():
+        return out
+    say(f"writing it as GGUF{f' {scheme}' if scheme else ''} once, to {out}")
+    if scheme is not None:
         lowbit.quantize(str(tier.path), str(out), scheme=scheme)
+        return out
+    try:
+        lowbit.convert(str(tier.path), str(out))
+    except UnsupportedError as error:
+        say(f"{error}; its values go as F16, in more memory")
+        lowbit.quantize(str(tier.path), str(out), scheme="F16", certify_tokens=0)
     return out
-
-
-def _exact_scheme(source: Path) -> str:
-    """The GGUF type that holds the checkpoint's own values."""
-    from lowbit.codecs import open_model
-
-    with open_model(source) as checkpoint:
-        dtypes = {info.dtype for info in checkpoint.tensors.values()}
-    names = {str(dtype).rpartition(".")[2].lower() for dtype in dtypes}
-    if names & {"float32", "f32"}:
-        return "F32"
-    return "BF16" if names & {"bfloat16", "bf16"} and not names & {"float16", "f16"} else "F16"
 
 
 def _quantized_directory(tier: TierConfig, source: Path, say: Callable[[str], None]) -> Path:
@@ -182,16 +179,18 @@ def _describe(engine: str, tier: TierConfig, source: Path, path: Path) -> TierFa
     from lowbit.evaluation.estimate import estimate
 
     manifest = read_manifest(path)
-    quality = (manifest.quality or {}) if manifest is not None else {}
-    kl = quality.get("kl_divergence")
+    kl = _certified(path)
     if kl is None and path != source and tier.quantize is None:
-        kl = 0.0  # the very values of the source
+        original = read_manifest(source)
+        # the very codes or values of the source: what holds for it holds here
+        kl = _certified(source) if original is not None and original.modules else 0.0
     planner = engine if engine in ("vllm", "llama.cpp") else "vllm"
     first = estimate(str(path), engine=planner, context=tier.context, concurrency=tier.concurrency, gpus=0)
     context = tier.context or (min(first.max_context or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT))
     if first.context != context:
         first = estimate(str(path), engine=planner, context=context, concurrency=tier.concurrency, gpus=0)
-    precision = first.precisions[0]
+    size = _weight_bytes(path)
+    precision = min(first.precisions, key=lambda each: abs(each.file_bytes - size))  # the one it is stored in
     return TierFacts(
         engine,
         str(path),
@@ -201,6 +200,24 @@ def _describe(engine: str, tier: TierConfig, source: Path, path: Path) -> TierFa
         _weight_error(manifest.modules if manifest is not None else {}),
         context if engine == "llama.cpp" else tier.context or first.max_context,
     )
+
+
+def _weight_bytes(path: Path) -> int:
+    """Bytes of a GGUF file (all its parts), or of a directory's safetensors."""
+    if path.is_file():
+        stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+        parts = [each for each in path.parent.glob("*.gguf") if re.sub(r"-\d{5}-of-\d{5}$", "", each.stem) == stem]
+        return sum(each.stat().st_size for each in parts)
+    return sum(each.stat().st_size for each in path.rglob("*.safetensors"))
+
+
+def _certified(path: Path) -> float | None:
+    """KL divergence of a checkpoint's certificate."""
+    from lowbit.checkpoint.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    quality = manifest.quality if manifest is not None else None
+    return None if quality is None else quality.get("kl_divergence")
 
 
 def _weight_error(modules: Mapping[str, Mapping[str, Any]]) -> float | None:
