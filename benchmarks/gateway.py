@@ -51,7 +51,12 @@ class Figures:
         return self.chunks / self.seconds
 
 
-async def passthrough(port: int, upstream: str) -> None:
+def connector(reuse: bool) -> TCPConnector:
+    """llama.cpp's server closes kept connections without a word, which a bare client takes for a failure."""
+    return TCPConnector(limit=0, force_close=not reuse)
+
+
+async def passthrough(port: int, upstream: str, reuse: bool) -> None:
     """The least that a proxy can do."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -68,7 +73,7 @@ async def passthrough(port: int, upstream: str) -> None:
 
     app = web.Application()
     app.router.add_post("/{path:.*}", handle)
-    async with ClientSession(connector=TCPConnector(limit=0), timeout=ClientTimeout(total=None)) as session:
+    async with ClientSession(connector=connector(reuse), timeout=ClientTimeout(total=None)) as session:
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port, backlog=1024).start()
@@ -137,11 +142,17 @@ def cpu_seconds(pid: int | None) -> float:
 
 
 async def measure(
-    urls: dict[str, str], pids: dict[str, int | None], body: bytes, streams: int, seconds: float, turns: int
+    urls: dict[str, str],
+    pids: dict[str, int | None],
+    body: bytes,
+    streams: int,
+    seconds: float,
+    turns: int,
+    reuse: bool = True,
 ) -> dict[str, Figures]:
     """Ask every server in turns."""
     found = {name: Figures() for name in urls}
-    async with ClientSession(connector=TCPConnector(limit=0), timeout=ClientTimeout(total=None)) as session:
+    async with ClientSession(connector=connector(reuse), timeout=ClientTimeout(total=None)) as session:
         for turn in range(-1, turns):
             for name, url in urls.items():
                 figures = Figures() if turn < 0 else found[name]
@@ -193,10 +204,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--token-time", type=float, default=0.0)
     parser.add_argument("--json")
+    parser.add_argument(
+        "--close", action="store_true", help="a connection a request, for an engine that closes kept ones"
+    )
     parser.add_argument("--role", choices=("passthrough",))
     arguments = parser.parse_args()
     if arguments.role == "passthrough":
-        asyncio.run(passthrough(0, arguments.url))
+        asyncio.run(passthrough(0, arguments.url, not arguments.close))
     else:
         compare(arguments)
 
@@ -220,7 +234,8 @@ def compare(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         pace = ["--tokens", str(arguments.tokens), "--token-time", str(arguments.token_time)]
         engine, pid = (arguments.url, None) if arguments.url else start(stack, str(FAKE), *pace)
-        role = [__file__, "--url", engine, "--model", arguments.model, "--engine", arguments.engine, "--role"]
+        reuse = not arguments.close
+        role = [__file__, "--url", engine, *([] if reuse else ["--close"]), "--role"]
         servers = {"engine": (engine, pid)}
         servers |= {
             "pass-through": start(stack, *role, "passthrough"),
@@ -228,8 +243,8 @@ def compare(arguments: argparse.Namespace) -> None:
         }
         urls = {name: url for name, (url, _) in servers.items()}
         pids = {name: pid for name, (_, pid) in servers.items()}
-        single = asyncio.run(measure(urls, pids, body, 1, arguments.seconds / 2, arguments.turns))
-        many = asyncio.run(measure(urls, pids, body, arguments.streams, arguments.seconds, arguments.turns))
+        single = asyncio.run(measure(urls, pids, body, 1, arguments.seconds / 2, arguments.turns, reuse))
+        many = asyncio.run(measure(urls, pids, body, arguments.streams, arguments.seconds, arguments.turns, reuse))
     tables = {
         "1 stream": show(single, "1 stream"),
         f"{arguments.streams} streams": show(many, f"{arguments.streams} streams"),

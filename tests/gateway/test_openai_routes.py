@@ -302,3 +302,33 @@ def test_metrics_and_status() -> None:
                 assert response.status == 503
 
     run(scenario)
+
+
+def test_an_engine_that_closes_kept_connections_loses_no_request() -> None:
+    """llama.cpp's server does: a connection's second request is met with silence, and is not the engine's failure."""
+
+    async def scenario() -> None:
+        answered = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            await reader.readexactly(length)
+            answered.append(1)
+            body = b'{"choices": []}'
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
+            writer.write(body)
+            await reader.read(1)
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with gateway(tiers=[Tier("int4", f"http://127.0.0.1:{port}")]) as bench:
+            await asyncio.gather(*(bench.post("/v1/chat/completions", CHAT) for _ in range(8)))
+            for _ in range(20):
+                assert (await bench.post("/v1/chat/completions", CHAT))[0] == 200
+            assert len(answered) == 28
+            assert all(lease.reports[-1][0] == "done" for lease in bench.pool.leases)
+        server.close()
+
+    run(scenario)

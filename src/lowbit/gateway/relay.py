@@ -17,6 +17,7 @@ from typing import Any
 from aiohttp import (
     ClientConnectorError,
     ClientError,
+    ClientOSError,
     ClientResponse,
     ClientTimeout,
     ServerDisconnectedError,
@@ -256,12 +257,14 @@ class Relay:
         headers = {"Content-Type": "application/json", **lease.headers}
         url = lease.base_url + path
         started = time.perf_counter()
-        try:
-            return await lease.session.post(url, data=payload, headers=headers, timeout=timeout, allow_redirects=False)
-        except (ServerDisconnectedError, ConnectionResetError):
-            if time.perf_counter() - started > _STALE:
-                raise
-        return await lease.session.post(url, data=payload, headers=headers, timeout=timeout, allow_redirects=False)
+        while True:  # an engine may have closed any number of kept connections, and each is found out by using it
+            try:
+                return await lease.session.post(
+                    url, data=payload, headers=headers, timeout=timeout, allow_redirects=False
+                )
+            except (ServerDisconnectedError, ClientOSError, ConnectionResetError) as error:
+                if isinstance(error, ClientConnectorError) or time.perf_counter() - started > _STALE:
+                    raise
 
     async def _receive(self, lease: Lease, call: Call, response: ClientResponse) -> Answer:
         if response.status >= 300:
