@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lowbit.kernels.ggml.lattice import BLOCK, Codes, Layout, search
+from lowbit.kernels.ggml.lattice import Codes, Layout, search
+from lowbit.kernels.ggml.lattice_sums import BLOCK
 from lowbit.kernels.ggml.lattice_tables import lattice
 
 __all__ = ["iq1_m", "iq1_s", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_s", "iq3_xxs"]
@@ -14,13 +15,13 @@ Rows = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Importance = npt.NDArray[np.float32] | None
 
-_IQ3_S = Layout(sub=32, steps=16, unit=1.0, signs="free", guess=0.145, ratio=1.06)
-_IQ3_XXS = Layout(sub=32, steps=16, unit=0.25, signs="even", guess=0.04, ratio=1.06)
-_IQ2_S = Layout(sub=16, steps=16, unit=0.125, signs="free", guess=0.05, ratio=1.06)
-_IQ2_XS = Layout(sub=16, steps=16, unit=0.125, signs="even", guess=0.05, ratio=1.06)
-_IQ2_XXS = Layout(sub=32, steps=16, unit=0.125, signs="even", guess=0.05, ratio=1.06)
-_IQ1_S = Layout(sub=32, steps=8, unit=1.0, signs="point", guess=1.2, ratio=1.1, shifts=2, shared=True)
-_IQ1_M = Layout(sub=16, steps=8, unit=1.0, signs="point", guess=1.2, ratio=1.1, shifts=2)
+_IQ3_S = Layout(sub=32, steps=16, unit=1.0, signs="free", guess=0.145, ratio=1.12)
+_IQ3_XXS = Layout(sub=32, steps=16, unit=0.25, signs="even", guess=0.04, ratio=1.12)
+_IQ2_S = Layout(sub=16, steps=16, unit=0.125, signs="free", guess=0.05, ratio=1.12)
+_IQ2_XS = Layout(sub=16, steps=16, unit=0.125, signs="even", guess=0.05, ratio=1.12)
+_IQ2_XXS = Layout(sub=32, steps=16, unit=0.125, signs="even", guess=0.05, ratio=1.12)
+_IQ1_S = Layout(sub=32, steps=8, unit=1.0, signs="point", guess=1.2, ratio=1.2, shifts=2, shared=True, exact=False)
+_IQ1_M = Layout(sub=16, steps=8, unit=1.0, signs="point", guess=1.2, ratio=1.2, shifts=2, exact=False)
 
 
 def iq3_s(weight: Rows, importance: Importance) -> Bytes:

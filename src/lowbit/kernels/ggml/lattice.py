@@ -21,25 +21,23 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numba.extending
 import numpy as np
 import numpy.typing as npt
 
-from lowbit.kernels.ggml.lattice_tables import NEIGHBOURS, Lattice
+from lowbit.kernels.ggml.lattice_runs import code_sub_block
+from lowbit.kernels.ggml.lattice_sums import BLOCK, A, compiled, tabulate, tabulate_columns
+from lowbit.kernels.ggml.lattice_tables import Lattice
 
 __all__ = ["Codes", "Layout", "search"]
 
-BLOCK = 256
-_SCANS = 5
+_SCANS = 3
+"""Scales tried at once around the middle of a sub-block; then one by one while the best is the outermost."""
 _WIDER = 6
-_TRIALS = 16
+_TRIALS = 8
 _LEAST_SHARE, _MOST_SHARE = 0.8, 1.1
-_DELTA = 0.125
-_B, _LEAST, _A = 0, 1, 2
-_LEFT, _RIGHT, _BYTE = np.uint32(16), np.uint32(24), np.uint32(255)
+"""Block scales tried: the largest scale number then stands for these shares of the largest sub-block scale."""
 _TOO_LARGE = 1e30
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +52,7 @@ class Layout:
     ``shared``   whether the shift is a sub-block's, not a run's
     ``guess``    scale of a sub-block over its root mean square, where the search begins
     ``ratio``    from one scale tried to the next
+    ``exact``    whether the final codes are the best of the whole codebook, not of the nearest points
     """
 
     sub: int
@@ -64,6 +63,7 @@ class Layout:
     ratio: float
     shifts: int = 1
     shared: bool = False
+    exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def search(
     scale = np.zeros((rows, blocks), np.float32)
     subs, patterns = BLOCK // layout.sub, table.halves.shape[1]
     known = (
-        np.zeros((_A + layout.shifts, runs, 2 * patterns), np.float32),
+        np.zeros((A + layout.shifts, runs, 2 * patterns), np.float32),
         np.zeros(runs, np.float32),
         np.zeros(BLOCK // 8, np.bool_),
         np.zeros(BLOCK, np.float32),
@@ -126,7 +126,7 @@ def search(
         np.ones(columns, np.float32) if importance is None else importance,
         (thresholds, table.halves, table.points, table.order, table.start, table.neighbours),
         (layout.unit, layout.guess, layout.ratio),
-        (table.width, layout.sub, layout.steps, signed, even, layout.shifts, layout.shared),
+        (table.width, layout.sub, layout.steps, signed, even, layout.shifts, layout.shared, layout.exact),
         known,
         scratch,
         kept,
@@ -135,228 +135,7 @@ def search(
     return Codes(points, shift, signs, number, scale.astype(np.float16))
 
 
-@_jit  # type: ignore[untyped-decorator]
-def _best_point(
-    scale: Any,
-    run: int,
-    t: int,
-    cell: int,
-    flip: bool,
-    exact: bool,
-    order: Any,
-    start: Any,
-    neighbours: Any,
-    tables: Any,
-    gain: Any,
-) -> tuple[Any, Any]:
-    """The point of a run that takes most off the error at ``scale``, and how much; ``flip``: a sign must change."""
-    patterns = len(start) - 1
-    right = np.uint32(patterns)
-    twice, square = np.float32(2.0) * scale, scale * scale
-    turned = np.float32(2.0) * twice
-    for i in range(2 * patterns):
-        gain[i] = twice * tables[_B, run, i] - square * tables[_A + t, run, i]
-    best, point = np.float32(-np.inf), np.uint32(0)
-    first = cell * NEIGHBOURS
-    if flip:
-        for k in range(first, first + NEIGHBOURS):
-            a, b = neighbours[k] >> _LEFT & _BYTE, (neighbours[k] >> _RIGHT) + right
-            value = gain[a] + gain[b] - turned * min(tables[_LEAST, run, a], tables[_LEAST, run, b])
-            if value > best:
-                best, point = value, neighbours[k]
-    else:
-        for k in range(first, first + NEIGHBOURS):
-            value = gain[neighbours[k] >> _LEFT & _BYTE] + gain[(neighbours[k] >> _RIGHT) + right]
-            if value > best:
-                best, point = value, neighbours[k]
-    if exact:
-        top = gain[patterns]
-        for i in range(patterns, 2 * patterns):
-            top = max(top, gain[i])
-        for i in range(patterns):
-            if gain[i] + top > best:
-                for k in range(start[i], start[i + 1]):
-                    b = (order[k] >> _RIGHT) + right
-                    value = gain[i] + gain[b]
-                    if flip:
-                        value -= turned * min(tables[_LEAST, run, i], tables[_LEAST, run, b])
-                    if value > best:
-                        best, point = value, order[k]
-    return best, point
-
-
-@_jit  # type: ignore[untyped-decorator]
-def _cell(x: Any, first: int, inverse: Any, delta: Any, thresholds: Any, width: int, magnitudes: bool) -> int:
-    """The combination of halves nearest to ``width`` weights from ``first`` on, times ``inverse``, less ``delta``."""
-    cell, place = 0, 1
-    for j in range(first, first + width):
-        value = x[j] * inverse - delta
-        if magnitudes:
-            value = abs(value)
-        value += value
-        digit = 0
-        for threshold in thresholds:
-            digit += np.int64(value > threshold)
-        cell += place * digit
-        place *= len(thresholds) + 1
-    return cell
-
-
-@_jit  # type: ignore[untyped-decorator]
-def _code_run(
-    run: int,
-    t: int,
-    flip: bool,
-    exact: bool,
-    count: int,
-    slot: int,
-    shape: Any,
-    x: Any,
-    scales: Any,
-    thresholds: Any,
-    order: Any,
-    start: Any,
-    neighbours: Any,
-    tables: Any,
-    total: Any,
-    gain: Any,
-    out: Any,
-) -> Any:
-    """:func:`_best_point` of a run at each of ``count`` scales, with the codebook shifted up (``t`` 0) or down.
-
-    ``out[slot, k]`` receives what is taken off, A and B; returned is the point for the last scale.
-    """
-    width, magnitudes, shifts = shape[0], shape[3], shape[5]
-    patterns = np.uint32(len(start) - 1)
-    delta = np.float32(0.0)
-    if shifts == 2:
-        delta = np.float32(_DELTA) if t == 0 else np.float32(-_DELTA)
-    shift = delta * total[run]
-    point = np.uint32(0)
-    for k in range(count):
-        cell = _cell(x, run * width, np.float32(1.0) / scales[k], delta, thresholds, width, magnitudes)
-        value, point = _best_point(scales[k], run, t, cell, flip, exact, order, start, neighbours, tables, gain)
-        left, right = point >> _LEFT & _BYTE, (point >> _RIGHT) + patterns
-        b = tables[_B, run, left] + tables[_B, run, right] + shift
-        if flip:
-            b -= np.float32(2.0) * min(tables[_LEAST, run, left], tables[_LEAST, run, right])
-        out[slot, k, 0] = value + np.float32(2.0) * scales[k] * shift
-        out[slot, k, 1] = tables[_A + t, run, left] + tables[_A + t, run, right]
-        out[slot, k, 2] = b
-    return point
-
-
-@_jit  # type: ignore[untyped-decorator]
-def _code(
-    sub: int,
-    count: int,
-    exact: bool,
-    shape: Any,
-    x: Any,
-    scales: Any,
-    thresholds: Any,
-    order: Any,
-    start: Any,
-    neighbours: Any,
-    tables: Any,
-    total: Any,
-    odd: Any,
-    gain: Any,
-    out: Any,
-    point: Any,
-    shifted: Any,
-    flipped: Any,
-    sums: Any,
-    at: int,
-) -> None:
-    """Code a sub-block at each of ``count`` scales; their A and B go to ``sums[sub, at + k]``.
-
-    The codes for the last scale are left in ``point``, ``shifted`` and ``flipped``, which is set for the run in which a
-    sign must change.
-    """
-    even, shifts, shared = shape[4], shape[5], shape[6]
-    runs = shape[1] // shape[0]
-    step = 8 // shape[0] if even else 1
-    for k in range(count):
-        for t in range(2):
-            out[4 + t, k, 1] = out[4 + t, k, 2] = np.float32(0.0)
-    for run in range(sub * runs, sub * runs + runs, step):
-        must = even and odd[run // step]
-        if must and step == 2:
-            # one of the two runs of four gives up a sign
-            for slot in range(4):
-                point[slot // 2, run + slot % 2] = _code_run(
-                    run + slot % 2,
-                    0,
-                    slot >= 2,
-                    exact,
-                    count,
-                    slot,
-                    shape,
-                    x,
-                    scales,
-                    thresholds,
-                    order,
-                    start,
-                    neighbours,
-                    tables,
-                    total,
-                    gain,
-                    out,
-                )
-            for k in range(count):
-                side = 0 if out[2, k, 0] + out[1, k, 0] > out[0, k, 0] + out[3, k, 0] else 1
-                for i in range(1, 3):
-                    out[4, k, i] += out[2 + side, k, i] + out[1 - side, k, i]
-                flipped[run], flipped[run + 1] = side == 0, side == 1
-            for u in range(run, run + 2):
-                if flipped[u]:
-                    point[0, u] = point[1, u]
-        else:
-            for u in range(run, run + step):
-                flipped[u] = must
-                for t in range(shifts):
-                    point[t, u] = _code_run(
-                        u,
-                        t,
-                        must,
-                        exact,
-                        count,
-                        t,
-                        shape,
-                        x,
-                        scales,
-                        thresholds,
-                        order,
-                        start,
-                        neighbours,
-                        tables,
-                        total,
-                        gain,
-                        out,
-                    )
-                for k in range(count):
-                    if shared:
-                        for t in range(shifts):
-                            for i in range(1, 3):
-                                out[4 + t, k, i] += out[t, k, i]
-                    else:
-                        t = 1 if shifts == 2 and out[1, k, 0] > out[0, k, 0] else 0
-                        for i in range(1, 3):
-                            out[4, k, i] += out[t, k, i]
-                        shifted[u] = t
-    for k in range(count):
-        t = 0
-        if shared:
-            twice, square = np.float32(2.0) * scales[k], scales[k] * scales[k]
-            up, down = twice * out[4, k, 2] - square * out[4, k, 1], twice * out[5, k, 2] - square * out[5, k, 1]
-            t = 1 if down > up else 0
-            for u in range(sub * runs, sub * runs + runs):
-                shifted[u] = t
-        sums[sub, at + k, 0], sums[sub, at + k, 1] = out[4 + t, k, 1], out[4 + t, k, 2]
-
-
-@_jit  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def _half(value: Any) -> Any:
     """The float16 next to ``value``, as float32."""
     _, exponent = math.frexp(value)
@@ -364,7 +143,7 @@ def _half(value: Any) -> Any:
     return np.float32(np.rint(value / ulp) * ulp)
 
 
-@_jit  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def _refitted(a: Any, b: Any) -> tuple[Any, Any]:
     """What codes with these A and B take off under their best scale, and that scale."""
     if a > 0 and b > 0:
@@ -372,7 +151,7 @@ def _refitted(a: Any, b: Any) -> tuple[Any, Any]:
     return np.float32(0.0), np.float32(0.0)
 
 
-@_jit  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def _priced(scale: Any, sums: Any, sub: int, count: int) -> Any:
     """What the best of the ``count`` codings found takes off the error at ``scale``."""
     best = np.float32(-np.inf)
@@ -382,7 +161,7 @@ def _priced(scale: Any, sums: Any, sub: int, count: int) -> Any:
     return best
 
 
-@_jit  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def _number(scale: Any, wanted: Any, steps: int, sums: Any, sub: int, count: int) -> tuple[int, Any]:
     """The scale number that serves a sub-block best where number 0 is ``scale``, and what it takes off."""
     low = int(min(max((wanted / scale - np.float32(1.0)) * np.float32(0.5), np.float32(0.0)), np.float32(steps - 1)))
@@ -394,7 +173,7 @@ def _number(scale: Any, wanted: Any, steps: int, sums: Any, sub: int, count: int
     return low, value
 
 
-@_jit  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def _block_scale(unit: Any, steps: int, wanted: Any, sums: Any, counts: Any) -> Any:
     """The scale of number 0 under which the codings found take most off the error; its float16 is exact."""
     top = wanted.max()
@@ -412,7 +191,7 @@ def _block_scale(unit: Any, steps: int, wanted: Any, sums: Any, counts: Any) -> 
     return best_scale
 
 
-@_jit  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def _encode(
     importance: Any, shape: Any, constants: Any, x: Any, codebook: Any, known: Any, room: Any, lists: Any, kept: Any
 ) -> Any:
@@ -436,15 +215,16 @@ def _encode(
         count = _SCANS if middle > 0 else 1
         scales[0] = 1.0
         if middle > 0:
-            for k in range(_SCANS):
-                scales[k] = middle * ratio ** np.float32(k - _SCANS // 2)
-        at, edge, best = 0, 0, np.float32(0.0)
+            scales[0] = middle / ratio
+            for k in range(1, _SCANS):
+                scales[k] = scales[k - 1] * ratio
+        at, edge, best = np.int64(0), 0, np.float32(0.0)
         while count > 0:
             # scales around the middle together; beyond, where the best is at the edge, one at a time
-            _code(
+            code_sub_block(
                 sub,
                 count,
-                False,
+                np.bool_(False),
                 shape,
                 x,
                 scales,
@@ -483,10 +263,10 @@ def _encode(
         number[sub] = _number(scale, wanted[sub], steps, sums, sub, counts[sub])[0]
         factor = np.float32(2 * number[sub] + 1)
         scales[0] = scale * factor
-        _code(
+        code_sub_block(
             sub,
-            1,
-            True,
+            np.int64(1),
+            shape[7],
             shape,
             x,
             scales,
@@ -519,74 +299,7 @@ def _encode(
     return best_scale / unit
 
 
-@_jit  # type: ignore[untyped-decorator]
-def _half_sums(values: Any, first: int, halves: Any, out: Any, kind: int, run: int, begin: int) -> None:
-    """``out[kind, run, begin + p]`` = sum over the coordinates of half pattern ``p``, each times its weight's value."""
-    at, patterns = np.uint64(begin), np.uint64(halves.shape[1])
-    if len(halves) == 4:
-        v0, v1, v2, v3 = values[first], values[first + 1], values[first + 2], values[first + 3]
-        for p in range(patterns):
-            out[kind, run, at + p] = v0 * halves[0, p] + v1 * halves[1, p] + (v2 * halves[2, p] + v3 * halves[3, p])
-    else:
-        v0, v1 = values[first], values[first + 1]
-        for p in range(patterns):
-            out[kind, run, at + p] = v0 * halves[0, p] + v1 * halves[1, p]
-
-
-@_jit  # type: ignore[untyped-decorator]
-def _half_least(values: Any, first: int, halves: Any, out: Any, kind: int, run: int, begin: int) -> None:
-    """``out[kind, run, begin + p]`` = the least of the coordinates of ``p``, each times its weight's value."""
-    at, patterns = np.uint64(begin), np.uint64(halves.shape[1])
-    if len(halves) == 4:
-        v0, v1, v2, v3 = values[first], values[first + 1], values[first + 2], values[first + 3]
-        for p in range(patterns):
-            low, high = min(v0 * halves[0, p], v1 * halves[1, p]), min(v2 * halves[2, p], v3 * halves[3, p])
-            out[kind, run, at + p] = min(low, high)
-    else:
-        v0, v1 = values[first], values[first + 1]
-        for p in range(patterns):
-            out[kind, run, at + p] = min(v0 * halves[0, p], v1 * halves[1, p])
-
-
-@_jit  # type: ignore[untyped-decorator]
-def _tabulate_columns(importance: Any, halves: Any, shifts: int, tables: Any) -> None:
-    """The sums over halves that depend on the importance of a block's columns only."""
-    half, patterns = halves.shape
-    for t in range(shifts):
-        squares = halves * halves
-        if shifts == 2:
-            squares = (halves + np.float32(_DELTA if t == 0 else -_DELTA)) ** 2
-        for run in range(tables.shape[1]):
-            for side in range(2):
-                _half_sums(importance, (2 * run + side) * half, squares, tables, _A + t, run, side * patterns)
-
-
-@_jit  # type: ignore[untyped-decorator]
-def _tabulate(
-    importance: Any, halves: Any, shape: Any, x: Any, tables: Any, total: Any, odd: Any, product: Any
-) -> None:
-    """The sums over halves that depend on a block's weights, and which runs have an odd number of minus signs."""
-    width, magnitudes, even = shape[0], shape[3], shape[4]
-    half, patterns = halves.shape
-    for j in range(BLOCK):
-        product[j] = importance[j] * (abs(x[j]) if magnitudes else x[j])
-    for run in range(BLOCK // width):
-        whole = np.float32(0.0)
-        for j in range(run * width, run * width + width):
-            whole += product[j]
-        total[run] = whole
-        for side in range(2):
-            _half_sums(product, (2 * run + side) * half, halves, tables, _B, run, side * patterns)
-            if even:
-                _half_least(product, (2 * run + side) * half, halves, tables, _LEAST, run, side * patterns)
-    for eight in range(BLOCK // 8):
-        minus = 0
-        for j in range(eight * 8, eight * 8 + 8):
-            minus += np.int64(x[j] < 0)
-        odd[eight] = minus % 2 == 1
-
-
-@_jit  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def _sign_bits(x: Any, product: Any, halves: Any, width: int, kept: Any, out: Any) -> None:
     """A bit for every weight below zero; in a run that must, the sign that costs least is turned."""
     half = width // 2
@@ -623,7 +336,7 @@ def _borrowed(_: Any, array: Any) -> Any:
     return array(array), generate
 
 
-@_jit  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def _search(
     weight: Any,
     importance: Any,
@@ -651,10 +364,10 @@ def _search(
     lists = (_borrowed(s[6]), _borrowed(s[7]), _borrowed(s[8]), _borrowed(s[9]))
     for block in range(columns // BLOCK):
         weights = importance[block * BLOCK : (block + 1) * BLOCK]
-        _tabulate_columns(weights, halves, shifts, tables)
+        tabulate_columns(weights, halves, shifts, tables)
         for row in range(rows):
             x = weight[row, block * BLOCK : (block + 1) * BLOCK]
-            _tabulate(weights, halves, shape, x, tables, total, odd, product)
+            tabulate(weights, halves, shape, x, tables, total, odd, product)
             for run in range(runs):
                 lent_kept[0][run], lent_kept[1][run], lent_kept[2][run] = points[0], 0, False
             lent_kept[3][:] = 0

@@ -12,7 +12,7 @@ from lowbit.formats.ggml.codebooks import grid
 
 __all__ = ["Lattice", "lattice"]
 
-NEIGHBOURS = 24
+_DENSE = 1024
 _CHUNK = 512
 
 
@@ -28,7 +28,7 @@ class Lattice:
     ``points``      uint32 ``[points]``: every point (see below), by number
     ``order``       the same, sorted by left pattern
     ``start``       int64 ``[patterns + 1]``: where each left pattern begins in ``order``
-    ``neighbours``  uint32 ``[patterns ** 2 * NEIGHBOURS]``: for every combination of halves the nearest points, nearest
+    ``neighbours``  uint32 ``[patterns ** 2, near]``: for every combination of halves the nearest points, nearest
                     first; the combination is the left pattern plus ``patterns`` times the right one
 
     A point is its number, plus the pattern of its left half times 2**16, plus that of its right half times 2**24.
@@ -63,7 +63,7 @@ def lattice(name: str) -> Lattice:
         points=packed,
         order=packed[order],
         start=np.searchsorted(left[order], np.arange(patterns + 1)).astype(np.int64),
-        neighbours=packed[_nearest(points, levels)].ravel(),
+        neighbours=packed[_nearest(points, levels, 8 if len(points) > _DENSE else 12)],
     )
 
 
@@ -73,12 +73,12 @@ def _patterns(levels: npt.NDArray[np.float32], half: int) -> npt.NDArray[np.floa
     return levels[np.arange(count**half)[:, None] // count ** np.arange(half) % count]
 
 
-def _nearest(points: npt.NDArray[np.float32], levels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+def _nearest(points: npt.NDArray[np.float32], levels: npt.NDArray[np.float32], near: int) -> npt.NDArray[np.uint16]:
     """The nearest points of every cell; ties go to the lower number, so that the table is the same everywhere."""
     values = _patterns(levels, points.shape[1] // 2)
     half = len(values)
     lengths = np.einsum("ij,ij->i", points, points)
-    nearest = np.empty((half * half, NEIGHBOURS), np.uint16)
+    nearest = np.empty((half * half, near), np.uint16)
     number = np.arange(len(points), dtype=np.int64)
     for begin in range(0, half * half, _CHUNK):
         cells = np.arange(begin, min(begin + _CHUNK, half * half))
@@ -86,7 +86,7 @@ def _nearest(points: npt.NDArray[np.float32], levels: npt.NDArray[np.float32]) -
         # twice the squared distance is a whole number, so the sum with the point's number sorts exactly
         distances = np.rint(2 * (lengths - 2 * centres @ points.T)).astype(np.int64)
         keys = distances * len(points) + number
-        found = np.partition(keys, NEIGHBOURS - 1, axis=1)[:, :NEIGHBOURS]
+        found = np.partition(keys, near - 1, axis=1)[:, :near]
         found.sort(axis=1)
         nearest[cells] = found % len(points)
     return nearest
