@@ -200,12 +200,13 @@ def test_nothing_leaks_over_many_requests_and_faults() -> None:
     async def scenario() -> None:
         async with stack(configured(two_tiers())) as gateway:
             await gateway.ready("assistant@int8", "assistant@int4")
-            await soak(gateway, 100)
+            await soak(gateway, 200)
             tasks = len(asyncio.all_tasks())
             files = len(os.listdir("/proc/self/fd"))
-            await soak(gateway, 300)
+            await soak(gateway, 600)
             await gateway.until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
-            assert len(os.listdir("/proc/self/fd")) <= files + 10
+            # connections that are kept come and go; one lost in each broken answer would be hundreds
+            assert len(os.listdir("/proc/self/fd")) <= files + 40
 
     run(scenario, 120)
 
