@@ -11,7 +11,7 @@ import pytest
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.cli.main import main
-from lowbit.codecs import module_plan
+from lowbit.codecs import module_plan, open_model
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.evaluation.fit import curve, fit
 from lowbit.pipeline.fit import Fit, Measurement, choose, measure
@@ -106,3 +106,16 @@ def test_wrong_input_is_one_line(
     assert captured.err.count("\n") == 1
     assert re.search(message, captured.err), captured.err
     assert not (tmp_path / "out").exists()
+
+
+def test_gguf_file_of_a_given_size(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 64, "certify_tokens": 0}
+    candidates = ("Q2_K", "Q4_K", "Q6_K")
+    found = fit("demo", tmp_path / "out.gguf", bits_per_weight=4.2, candidates=candidates, **settings)
+    with open_model(tmp_path / "out.gguf") as checkpoint:
+        stored = {module: str(entry.spec) for module, entry in module_plan(checkpoint).items()}
+    assert {module: stored[module] for module in found.fit.choices} == dict(found.fit.choices)
+    assert len(set(found.fit.choices.values())) > 1
+    assert found.result.size_bytes <= found.fit.bytes < 1.01 * found.result.size_bytes
+    with pytest.raises(UsageError, match="unknown GGUF type 'Q9_K'"):
+        fit("demo", tmp_path / "no.gguf", bits_per_weight=4.2, candidates=("Q9_K",), **settings)

@@ -13,23 +13,24 @@ HELP = "quantize to a size: measure every module, give each the bits that it nee
 EXAMPLES = """\
   lowbit fit demo demo-fit --bits-per-weight 4.5
   lowbit fit ./Qwen3-8B ./Qwen3-8B-fit --size 5.2GiB --measurements qwen3.json --report report
+  lowbit fit ./Qwen3-8B ./Qwen3-8B.gguf --bits-per-weight 4.25
   lowbit fit ./Qwen3-8B ./small --size 4.6GiB --measurements qwen3.json      # another size, in seconds"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    parser.add_argument("out", metavar="OUT", help="directory to write; it appears when it is complete")
+    parser.add_argument("out", metavar="OUT", help="directory, or file that ends in .gguf; it appears when complete")
     budget = parser.add_argument_group("budget (one of them)")
     budget.add_argument("--size", type=parse_bytes, metavar="SIZE", help="of the weight files, e.g. 3.9GiB")
     budget.add_argument("--bits-per-weight", type=float, metavar="N", help="in the linears, fractions allowed: 4.25")
     what = parser.add_argument_group("what to choose from")
-    what.add_argument("--format", default="compressed-tensors", help="how it is stored (default: compressed-tensors)")
+    what.add_argument("--format", default="compressed-tensors", help="compressed-tensors (default), gptq, gguf …")
     what.add_argument("--method", default="gptq", help="gptq (default) or rtn")
     what.add_argument(
         "--candidates",
         metavar="LIST",
-        help="number formats, e.g. int3-g128-sym,int4-g128-sym (default: those that vLLM has kernels for)",
+        help="number formats: int4-g128-sym,int8-g128-sym or Q3_K,Q4_K (default: what the engines have kernels for)",
     )
     what.add_argument("--measurements", metavar="FILE", help="read if it is there, else written: for the next budget")
     what.add_argument("--report", metavar="DIR", help="write the pictures there")

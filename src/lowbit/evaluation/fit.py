@@ -11,7 +11,18 @@ from lowbit.checkpoint import check_output
 from lowbit.errors import UsageError
 from lowbit.evaluation.certify import CERTIFY_TOKENS, quantize
 from lowbit.evaluation.fit_plots import draw_fit
-from lowbit.pipeline.fit import Fit, Measurement, check_measurement, choose, measure
+from lowbit.pipeline.fit import (
+    GGUF,
+    GGUF_BASE,
+    UNTOUCHED,
+    Fit,
+    Measurement,
+    check_measurement,
+    choose,
+    gguf_types,
+    measure,
+)
+from lowbit.pipeline.gguf_output import check_name, is_gguf_name
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.quantize import QuantizeResult
 
@@ -58,7 +69,7 @@ def fit(
     progress: Progress | None = None,
 ) -> FitResult:
     """Quantize ``source`` into ``out`` with the bits per module that lose least in ``size`` bytes on disk, or in
-    ``bits_per_weight`` of its linears.
+    ``bits_per_weight`` of its linears; an ``out`` that ends in ``.gguf`` becomes a GGUF file.
 
     ``measurements`` is a file: read if it is there, written if not, so that the next budget takes seconds.
     ``report`` is a directory for the pictures. Raises :class:`ResourceError` for a budget that is too small, by how
@@ -67,7 +78,12 @@ def fit(
     progress = progress or Silent()
     if (size is None) == (bits_per_weight is None):
         raise UsageError("fit needs a budget: --size or --bits-per-weight (one of them)")
-    check_output(Path(out), resume=False, overwrite=overwrite)
+    if is_gguf_name(out):
+        format = GGUF
+    if format == GGUF:
+        check_name(Path(out), overwrite=overwrite)
+    else:
+        check_output(Path(out), resume=False, overwrite=overwrite)
     measurement = _measurement(
         source, measurements, progress, format=format, method=method, candidates=candidates, calibration=calibration,
         seed=seed, device=device, trust_remote_code=trust_remote_code,
@@ -76,9 +92,13 @@ def fit(
     progress.message(
         f"chose {chosen.bits_per_weight:.3f} bits per weight: predicted KL divergence {chosen.divergence:.4g} nats"
     )
+    if format == GGUF:
+        how: dict[str, Any] = {"scheme": GGUF_BASE, "imatrix": "auto", "types": gguf_types(source, chosen)}
+    else:
+        how = {"recipe": chosen.recipe(measurement)}
     result = quantize(
-        source, out, recipe=chosen.recipe(measurement), calibration=calibration, samples=samples, seq_len=seq_len,
-        seed=seed, certify_tokens=certify_tokens, device=device, memory=memory, overwrite=overwrite,
+        source, out, **how, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed,
+        certify_tokens=certify_tokens, device=device, memory=memory, overwrite=overwrite,
         trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
     plots: tuple[Path, ...] = ()
@@ -91,7 +111,7 @@ def curve(measurement: Measurement) -> list[Fit]:
     """The best choice at budgets from the smallest to the largest."""
     least = sum(min(one.bytes for one in group.candidates.values()) for group in measurement.groups)
     largest = sum(
-        max(one.bytes for name, one in group.candidates.items() if name != "dense" or len(group.candidates) == 1)
+        max(one.bytes for name, one in group.candidates.items() if name not in UNTOUCHED)
         for group in measurement.groups
     )
     budgets = [least + (largest - least) * i // (CURVE_POINTS - 1) for i in range(CURVE_POINTS)]

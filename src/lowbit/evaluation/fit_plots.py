@@ -11,7 +11,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from lowbit.evaluation.plots import LIGHT
-from lowbit.pipeline.fit import DENSE, Fit, Measurement
+from lowbit.formats.ggml import GGML_TYPES
+from lowbit.pipeline.fit import UNTOUCHED, Fit, Measurement
 
 _BLOCK = re.compile(r"^(.*?\.)?(\d+)\.(.*)$")
 _EXPERT = re.compile(r"experts\.\d+\.")
@@ -62,7 +63,7 @@ def _pareto(measurement: Measurement, chosen: Fit, curve: Sequence[Fit], quality
 def _uniform(measurement: Measurement) -> list[tuple[str, float, float]]:
     """Name, bits per weight and predicted divergence of giving every module the same."""
     found = []
-    names = {name for group in measurement.groups for name in group.candidates if name != DENSE}
+    names = {name for group in measurement.groups for name in group.candidates if name not in UNTOUCHED}
     for name in sorted(names):
         if all(name in group.candidates for group in measurement.groups):
             picked = [group.candidates[name] for group in measurement.groups]
@@ -100,5 +101,7 @@ def _bits(chosen: Fit) -> Figure:
 
 def _order(name: str) -> tuple[float, int]:
     """Fewer bits first, coarser groups first; dense last."""
+    if name in GGML_TYPES:
+        return GGML_TYPES[name].bits, 0
     match = re.match(r"int(\d+)(?:-g(\d+))?", name)
     return (99.0, 0) if match is None else (float(match[1]), -int(match[2] or 1 << 20))

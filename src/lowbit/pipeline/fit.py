@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,51 @@ import torch
 from lowbit.calibration import load_calibration, load_tokenizer
 from lowbit.checkpoint import Checkpoint, hash_file, open_checkpoint, read_json_object, write_json
 from lowbit.codecs import CODECS, Codec
+from lowbit.codecs.gguf.architectures import export_plan
+from lowbit.codecs.gguf.mixes import choose_types, find_mix
+from lowbit.codecs.gguf.vocabulary import read_vocabulary
+from lowbit.codecs.gguf.writing import TensorHeader, gguf_file_size
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.formats import IntSpec, parse_spec
+from lowbit.formats.ggml import GGML_TYPES, BlockTensor, GgmlType
+from lowbit.kernels.ggml import quantize_rows
 from lowbit.pipeline.job import DEMO
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.recipe import Recipe, Rule, suggestion
 from lowbit.pipeline.sampling import sample_from
-from lowbit.pipeline.sensitivity import Candidate, GroupSensitivity, Measured, measure_sensitivity
+from lowbit.pipeline.sensitivity import (
+    Candidate,
+    Grouping,
+    GroupSensitivity,
+    Measured,
+    measure_sensitivity,
+    shared_choices,
+)
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
 from lowbit.planning import probe
-from lowbit.quant import METHODS, Option, allocate
+from lowbit.quant import METHODS, InputStatistics, Option, allocate
 
-__all__ = ["DEFAULT_CANDIDATES", "Fit", "Measurement", "choose", "measure"]
+__all__ = ["DEFAULT_CANDIDATES", "Fit", "Measurement", "check_measurement", "choose", "gguf_types", "measure"]
 
 DENSE = "dense"
 """The candidate that leaves a module as it is."""
+GGUF = "gguf"
+UNTOUCHED = (DENSE, "F16")
+"""Candidates that lose nothing worth counting."""
+GGUF_BASE = "Q4_K_M"
+"""The mix that says what becomes of embeddings, norms and the head of a GGUF file."""
 
 DEFAULT_CANDIDATES: Mapping[str, tuple[str, ...]] = {
     # Widths that vLLM has kernels for in each format; finer groups fill the steps between them.
     "compressed-tensors": ("int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int8-g128-sym"),
+    "gguf": ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
     "gptq": ("int2-g64-sym", "int3-g128-sym", "int4-g128-sym", "int4-g32-sym", "int8-g128-sym"),
 }
 """Number formats to choose between, by file format; ``dense`` is always one more."""
 
 _ROUTERS = re.compile(r".*(\.gate|\.router|shared_expert_gate)$")
+_GGUF_EXTRA = 512
+"""Bytes of the metadata that name the importance matrix, at most."""
 _HEADER_BYTES = 160
 """Bytes of a safetensors header per tensor, at most, for names of usual length."""
 
@@ -140,19 +161,19 @@ def measure(
     Raises :class:`UsageError` for a format or candidate that cannot be, :class:`CheckpointError` for the source.
     """
     progress = progress or Silent()
-    if format not in CODECS or format == DENSE:
-        raise UsageError(f"fit cannot write {format!r}{suggestion(format, [n for n in CODECS if n != DENSE])}")
+    formats = [*(name for name in CODECS if name != DENSE), GGUF]
+    if format not in formats:
+        raise UsageError(f"fit cannot write {format!r}{suggestion(format, formats)}")
     if method not in METHODS or METHODS[method].search_scales is not None:
         usable = [name for name, entry in METHODS.items() if entry.search_scales is None]
         raise UsageError(f"fit cannot measure method {method!r}{suggestion(method, usable)}")
-    codec = CODECS[format]
+    names = candidates or DEFAULT_CANDIDATES.get(format, DEFAULT_CANDIDATES["compressed-tensors"][:1])
     with open_checkpoint(source, trust_remote_code=trust_remote_code) as checkpoint:
         if checkpoint.quantization_config:
             raise UsageError(f"{checkpoint.path}: is quantized already: fit the original model")
-        names = candidates or DEFAULT_CANDIDATES.get(format) or tuple(DEFAULT_CANDIDATES["compressed-tensors"][:1])
-        dtype = codec.scale_dtype(model_dtype(checkpoint))
-        options = [_integer(codec, parse_spec(name).with_scale_dtype(dtype), method) for name in names]
-        options.append(_dense(model_dtype(checkpoint).itemsize))
+        choice = (
+            _gguf_choice(checkpoint, names) if format == GGUF else _choice(checkpoint, CODECS[format], names, method)
+        )
         model = StreamedModel(checkpoint, device=device, trust_remote_code=trust_remote_code)
         text = load_calibration(
             calibration if calibration is not None or str(source) != DEMO else DEMO,
@@ -163,7 +184,13 @@ def measure(
             generate=sample_from(model, probe().available // 4),
         )
         groups = measure_sensitivity(
-            model, text.ids, options, wanted=lambda n: not _ROUTERS.match(n), seed=seed, progress=progress
+            model,
+            text.ids,
+            choice.candidates,
+            wanted=lambda n: not _ROUTERS.match(n),
+            grouping=choice.grouping,
+            seed=seed,
+            progress=progress,
         )
         if short := next((group for group in groups if len(group.candidates) < 2), None):
             raise UsageError(f"{short.modules[0]}: no candidate fits its shape: give --candidates of smaller groups")
@@ -173,9 +200,72 @@ def measure(
             format=format,
             method=method,
             calibration={"name": text.name, "sha256": text.sha256, "tokens": text.tokens},
-            other_bytes=_other_bytes(checkpoint, groups),
+            other_bytes=choice.other_bytes(groups),
             groups=tuple(groups),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What a file format offers: candidates, what must share one, and the bytes of what is not chosen."""
+
+    candidates: Sequence[Candidate]
+    grouping: Grouping
+    other_bytes: Callable[[Sequence[GroupSensitivity]], int]
+
+
+def _choice(checkpoint: Checkpoint, codec: Codec, names: Sequence[str], method: str) -> _Choice:
+    dtype = model_dtype(checkpoint)
+    specs = [parse_spec(name).with_scale_dtype(codec.scale_dtype(dtype)) for name in names]
+    candidates = [_integer(codec, spec, method) for spec in specs]
+
+    def other_bytes(groups: Sequence[GroupSensitivity]) -> int:
+        chosen = {f"{name}.weight" for group in groups for name in group.modules}
+        others = [info.nbytes for name, info in checkpoint.tensors.items() if name not in chosen]
+        # A quantized module is stored as three or four tensors.
+        return sum(others) + _HEADER_BYTES * (len(others) + 4 * len(chosen))
+
+    return _Choice([*candidates, _dense(dtype.itemsize)], shared_choices, other_bytes)
+
+
+def _gguf_choice(checkpoint: Checkpoint, names: Sequence[str]) -> _Choice:
+    for name in names:
+        if name not in GGML_TYPES:
+            raise UsageError(f"unknown GGUF type {name!r}{suggestion(name, GGML_TYPES)}")
+    export = export_plan(checkpoint)
+    tensor_of = {source.removesuffix(".weight"): tensor.name for tensor in export.tensors for source in tensor.sources}
+
+    def grouping(modules: Sequence[str]) -> list[tuple[str, ...]]:
+        together: dict[str, list[str]] = {}
+        for module in modules:
+            together.setdefault(tensor_of.get(module, module), []).append(module)
+        return [tuple(group) for group in together.values()]
+
+    def other_bytes(groups: Sequence[GroupSensitivity]) -> int:
+        chosen = {tensor_of[name] for group in groups for name in group.modules}
+        types = choose_types(find_mix(GGUF_BASE), export.tensors, export.metadata, has_imatrix=True)
+        others = [TensorHeader(t.name, types[t.name], t.shape) for t in export.tensors if t.name not in chosen]
+        rows = next(t.shape[0] for t in export.tensors if t.name == "token_embd.weight")
+        vocabulary = read_vocabulary(checkpoint.path, rows, checkpoint.config)
+        names_only = [TensorHeader(name, GGML_TYPES["F32"], (0,)) for name in chosen]
+        return gguf_file_size({**export.metadata, **vocabulary.metadata}, [*others, *names_only]) + _GGUF_EXTRA
+
+    kinds = [*names, *(["F16"] if "F16" not in names else [])]
+    return _Choice([_blocks(GGML_TYPES[name]) for name in kinds], grouping, other_bytes)
+
+
+def gguf_types(source: str | Path, fit: Fit) -> list[str]:
+    """``REGEX=TYPE`` overrides that give each tensor of a GGUF file of ``source`` the type that was chosen."""
+    with open_checkpoint(source) as checkpoint:
+        tensors = export_plan(checkpoint).tensors
+    chosen = {}
+    for tensor in tensors:
+        if tensor.sources and (choice := fit.choices.get(tensor.sources[0].removesuffix(".weight"))):
+            chosen[tensor.name] = choice
+    return [
+        f"^(?:{'|'.join(re.escape(name) for name, one in chosen.items() if one == choice)})$={choice}"
+        for choice in sorted(set(chosen.values()))
+    ]
 
 
 def choose(measurement: Measurement, *, total_bytes: int | None = None, bits_per_weight: float | None = None) -> Fit:
@@ -260,9 +350,14 @@ def _dense(itemsize: int) -> Candidate:
     return Candidate(DENSE, lambda weight, *_: _Same(weight), lambda rows, columns: rows * columns * itemsize)
 
 
-def _other_bytes(checkpoint: Checkpoint, groups: Sequence[GroupSensitivity]) -> int:
-    chosen = {f"{name}.weight" for group in groups for name in group.modules}
-    others = [info for name, info in checkpoint.tensors.items() if name not in chosen]
-    # A quantized module is stored as three or four tensors.
-    headers = _HEADER_BYTES * (len(others) + 4 * len(chosen))
-    return sum(info.nbytes for info in others) + headers
+def _blocks(kind: GgmlType) -> Candidate:
+    def solve(weight: torch.Tensor, statistics: InputStatistics, shared: Any, name: str) -> BlockTensor:
+        importance = None
+        if statistics.tokens:
+            importance = (statistics.diagonal / statistics.tokens).cpu().numpy()
+        return BlockTensor(kind, torch.from_numpy(quantize_rows(weight.cpu().numpy(), kind, importance)))
+
+    def size(rows: int, columns: int) -> int | None:
+        return rows * kind.row_bytes(columns) if kind.fits(columns) else None
+
+    return Candidate(kind.name, solve, size)

@@ -31,7 +31,7 @@ from lowbit.pipeline.store import ActivationStore
 from lowbit.pipeline.streamed import StreamedModel
 from lowbit.quant import InputStatistics
 
-__all__ = ["Candidate", "GroupSensitivity", "Measured", "measure_sensitivity", "shared_choices"]
+__all__ = ["Candidate", "GroupSensitivity", "Grouping", "Measured", "measure_sensitivity", "shared_choices"]
 
 TOKENS_PER_PASS = 2048
 """Tokens that go through a block, forward and back, at a time."""
@@ -39,6 +39,9 @@ TOKENS_PER_PASS = 2048
 
 Seen: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """A linear's input and its output, whose gradient is kept."""
+
+
+Grouping: TypeAlias = Callable[[Sequence[str]], Sequence[tuple[str, ...]]]
 
 
 class Restorable(Protocol):
@@ -99,13 +102,15 @@ def measure_sensitivity(
     candidates: Sequence[Candidate],
     *,
     wanted: Callable[[str], bool] = lambda name: True,
+    grouping: Grouping = shared_choices,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[GroupSensitivity]:
     """Measure every candidate in every linear (full checkpoint names) that is ``wanted``, on token ids ``[n, length]``.
 
-    The cost is about five forwards of the model, and two more for each candidate beside solving it. Raises
-    :class:`NumericsError` where the model's own outputs are not finite.
+    ``grouping`` cuts the modules of a block into those that must share one choice. The cost is about five forwards of
+    the model, and two more for each candidate beside solving it. Raises :class:`NumericsError` where the model's own
+    outputs are not finite.
     """
     progress = progress or Silent()
     count = len(model.block_names)
@@ -117,7 +122,7 @@ def measure_sensitivity(
         _head(model, states[-1], gradient, torch.Generator().manual_seed(seed))
         found: list[GroupSensitivity] = []
         for index in reversed(range(count)):
-            sweep = _BlockSweep(model, index, candidates, wanted)
+            sweep = _BlockSweep(model, index, candidates, wanted, grouping)
             found[:0] = sweep.run(states[index], gradient)
             progress.advance(model.stored_name(model.block_names[index]))
         for store in (*states, gradient.store):
@@ -180,7 +185,12 @@ class _BlockSweep:
     """One block's part of the sweep: collect statistics, solve every candidate, then go back through the block."""
 
     def __init__(
-        self, model: StreamedModel, index: int, candidates: Sequence[Candidate], wanted: Callable[[str], bool]
+        self,
+        model: StreamedModel,
+        index: int,
+        candidates: Sequence[Candidate],
+        wanted: Callable[[str], bool],
+        grouping: Grouping,
     ) -> None:
         self.model, self.index, self.candidates = model, index, candidates
         self.block = model.load_block(index)
@@ -191,7 +201,7 @@ class _BlockSweep:
             if isinstance(module, nn.Linear) and wanted(full := model.stored_name(f"{prefix}.{name}"))
         }
         self.local = {full: name for name, full in self.full.items()}
-        self.groups = shared_choices(list(self.full.values()))
+        self.groups = grouping(list(self.full.values()))
         self.solved: dict[tuple[str, str], Restorable] = {}
         self.sums: dict[tuple[int, str], list[float]] = {}
         self.samples_seen = 0

@@ -1,0 +1,122 @@
+"""Does ``lowbit fit`` keep what it promises? On the embedded model, held-out text:
+
+    python benchmarks/fit.py [--work DIR] [--json FILE] [--assignments 20] [--tokens 16384]
+
+`ranking`: predicted against measured KL divergence of random assignments of number formats (Spearman's rank
+correlation). `uniform`: a fit against every uniform scheme of the same size (ratio of the measured divergences).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lowbit
+from lowbit.evaluation.evaluate import evaluate_all
+from lowbit.pipeline.fit import Fit, Measurement, choose, measure
+
+CANDIDATES = (
+    "int2-g64-sym", "int3-g64-sym", "int3-g128-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int5-g128-sym",
+    "int6-g128-sym", "int8-g128-sym",
+)  # fmt: skip
+UNIFORM = ("int3-g128-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int5-g128-sym", "int6-g128-sym")
+CALIBRATION: dict[str, Any] = {"samples": 64, "seq_len": 512}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--assignments", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=16384)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = arguments.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        measurement = measured(work)
+        found = {
+            "ranking": ranking(measurement, work, arguments.assignments, arguments.tokens),
+            "uniform": uniform(measurement, work, arguments.tokens),
+        }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measured(work: Path) -> Measurement:
+    file = work / "measurement.json"
+    if not file.exists():
+        measure("demo", candidates=CANDIDATES).save(file)
+    return Measurement.load(file)
+
+
+def assignment(measurement: Measurement, names: list[str]) -> Fit:
+    """The fit that gives group ``i`` the candidate ``names[i]``."""
+    picked = [group.candidates[name] for group, name in zip(measurement.groups, names, strict=True)]
+    return Fit(
+        choices={m: name for g, name in zip(measurement.groups, names, strict=True) for m in g.modules},
+        bytes=sum(one.bytes for one in picked) + measurement.other_bytes,
+        divergence=sum(one.divergence for one in picked),
+        bits_per_weight=8 * sum(one.bytes for one in picked) / measurement.weights,
+    )
+
+
+def divergences(measurement: Measurement, fits: dict[str, Fit], work: Path, tokens: int) -> dict[str, float]:
+    """Measured KL divergence of each fit, in nats per token of held-out text."""
+    paths = []
+    for name, one in fits.items():
+        paths.append(work / name)
+        if not paths[-1].exists():
+            recipe = one.recipe(measurement)
+            lowbit.quantize("demo", paths[-1], recipe=recipe, certify_tokens=0, **CALIBRATION)
+    evaluations = evaluate_all(paths, against="demo", max_tokens=tokens)
+    return {name: float(e.kl_divergence or 0.0) for name, e in zip(fits, evaluations, strict=True)}
+
+
+def ranking(measurement: Measurement, work: Path, count: int, tokens: int) -> dict[str, Any]:
+    draw = random.Random(0)
+    fits = {}
+    for index in range(count):
+        # Each assignment has a middle of its own, so that they differ in more than the luck of the draw.
+        middle = draw.uniform(1, len(CANDIDATES) - 2)
+        names = [
+            CANDIDATES[min(len(CANDIDATES) - 1, max(0, round(draw.gauss(middle, 1.5))))] for _ in measurement.groups
+        ]
+        fits[f"random-{index:02d}"] = assignment(measurement, names)
+    true = divergences(measurement, fits, work, tokens)
+    predicted, values = [one.divergence for one in fits.values()], list(true.values())
+    correlation = float(np.corrcoef(_ranks(predicted), _ranks(values))[0, 1])
+    for (name, one), value in zip(fits.items(), values, strict=True):
+        print(f"{name}  {one.bits_per_weight:6.3f} bits  predicted {one.divergence:.5f}  measured {value:.5f}")
+    ratio = float(np.median(np.array(values) / np.array(predicted)))
+    print(f"Spearman {correlation:.3f} over {count} random assignments; measured / predicted {ratio:.2f} (median)")
+    return {"spearman": correlation, "predicted": predicted, "measured": values}
+
+
+def _ranks(values: list[float]) -> np.ndarray[Any, np.dtype[np.intp]]:
+    return np.argsort(np.argsort(values))
+
+
+def uniform(measurement: Measurement, work: Path, tokens: int) -> list[dict[str, Any]]:
+    fits: dict[str, Fit] = {}
+    for name in UNIFORM:
+        same = assignment(measurement, [name] * len(measurement.groups))
+        fits[f"uniform-{name}"] = same
+        fits[f"fit-{name}"] = choose(measurement, bits_per_weight=same.bits_per_weight)
+    true = divergences(measurement, fits, work, tokens)
+    rows = []
+    for name in UNIFORM:
+        a, b = true[f"uniform-{name}"], true[f"fit-{name}"]
+        bits = fits[f"fit-{name}"].bits_per_weight
+        rows.append({"uniform": name, "bits_per_weight": bits, "uniform_kl": a, "fit_kl": b, "ratio": b / a})
+        print(f"{name:14}  {bits:6.3f} bits  uniform {a:.5f}  fit {b:.5f}  ratio {b / a:.2f}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
