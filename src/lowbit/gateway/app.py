@@ -136,9 +136,12 @@ async def _edge(request: web.Request, handler: Handler) -> web.StreamResponse:
             response = _http_error(request, error)
         outcome = response.status
         return response
-    except (asyncio.CancelledError, ConnectionError):
+    except asyncio.CancelledError:
         outcome = CLIENT_LEFT
         raise
+    except ConnectionError:  # found out in writing that the client is gone: nobody reads what is returned
+        outcome = CLIENT_LEFT
+        return web.Response(status=CLIENT_LEFT)
     except Exception:  # noqa: BLE001 - the request's boundary: whatever went wrong stays this request's trouble
         LOGGER.exception("bug", extra={"fields": {"id": request[REQUEST_ID], "route": request.path}})
         return _answer(Refusal(500, "an error inside the gateway; its log has the details under this request id"))
