@@ -38,6 +38,8 @@ _TRIALS = 8
 _LEAST_SHARE, _MOST_SHARE = 0.8, 1.1
 """Block scales tried: the largest scale number then stands for these shares of the largest sub-block scale."""
 _TOO_LARGE = 1e30
+_FLAT = 1.5
+"""Square of the largest weight over the mean square, below which a sub-block has nearly one magnitude."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def search(
         np.zeros(runs, np.int64),
         np.zeros(runs, np.bool_),
         np.zeros(subs, np.float32),
-        np.zeros((subs, _SCANS + _WIDER + 1, 2), np.float32),
+        np.zeros((subs, 2 * (_SCANS + _WIDER), 2), np.float32),
         np.zeros(subs, np.int64),
         np.zeros(subs, np.int64),
         np.zeros(_SCANS, np.float32),
@@ -196,7 +198,7 @@ def _encode(
     importance: Any, shape: Any, constants: Any, x: Any, codebook: Any, known: Any, room: Any, lists: Any, kept: Any
 ) -> Any:
     """Code a block into ``kept``; return its scale as a float32 that float16 holds exactly."""
-    thresholds, order, start, neighbours = codebook
+    thresholds, halves, order, start, neighbours = codebook
     tables, total, odd = known
     gain, out, point, shifted, flipped, wanted = room
     sums, counts, number, scales = lists
@@ -204,13 +206,15 @@ def _encode(
     size, steps = shape[1], shape[2]
     subs = BLOCK // size
     for sub in range(subs):
-        energy = mass = np.float32(0.0)
+        energy = mass = top = np.float32(0.0)
         for j in range(sub * size, (sub + 1) * size):
             energy += importance[j] * x[j] * x[j]
             mass += importance[j]
+            top = max(top, abs(x[j]))
         if not energy < _TOO_LARGE:
             return np.float32(np.inf)
         middle = guess * np.sqrt(energy / mass)
+        level = shape[3] and top * top * mass < np.float32(_FLAT) * energy
         wanted[sub] = 0.0
         count = _SCANS if middle > 0 else 1
         scales[0] = 1.0
@@ -218,6 +222,7 @@ def _encode(
             scales[0] = middle / ratio
             for k in range(1, _SCANS):
                 scales[k] = scales[k - 1] * ratio
+        limit = _SCANS + _WIDER
         at, edge, best = np.int64(0), 0, np.float32(0.0)
         while count > 0:
             # scales around the middle together; beyond, where the best is at the edge, one at a time
@@ -251,9 +256,14 @@ def _encode(
             at += count
             if edge == 0:
                 edge = -1 if where == 0 else 1 if where == _SCANS - 1 else 0
-            count = 1 if where >= 0 and edge != 0 and at < _SCANS + _WIDER else 0
+            count = 1 if where >= 0 and edge != 0 and at < limit else 0
             if count:
                 scales[0] = scales[where] * (ratio if edge > 0 else np.float32(1.0) / ratio)
+            elif level:
+                # weights of nearly one magnitude may fit a point of nearly one magnitude, at a scale far from the usual
+                level, count, edge, limit = False, _SCANS, 0, limit + _SCANS
+                for k in range(_SCANS):
+                    scales[k] = top / halves[0, k]
         counts[sub] = at
     scale = _block_scale(unit, steps, wanted, sums, counts)
     if not scale > 0:
@@ -358,7 +368,7 @@ def _search(
     total, odd, product = _borrowed(k[1]), _borrowed(k[2]), _borrowed(k[3])
     codes, shifted, signs = _borrowed(f[0]), _borrowed(f[1]), _borrowed(f[2])
     numbers, scales = _borrowed(f[3]), _borrowed(f[4])
-    lent_codebook = (_borrowed(c[0]), _borrowed(c[3]), _borrowed(c[4]), _borrowed(c[5]))
+    lent_codebook = (_borrowed(c[0]), halves, _borrowed(c[3]), _borrowed(c[4]), _borrowed(c[5]))
     lent_kept = (_borrowed(t[0]), _borrowed(t[1]), _borrowed(t[2]), _borrowed(t[3]))
     room = (_borrowed(s[0]), _borrowed(s[1]), _borrowed(s[2]), _borrowed(s[3]), _borrowed(s[4]), _borrowed(s[5]))
     lists = (_borrowed(s[6]), _borrowed(s[7]), _borrowed(s[8]), _borrowed(s[9]))
