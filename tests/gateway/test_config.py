@@ -9,7 +9,7 @@ import pytest
 
 from lowbit.engines.memory import available_bytes
 from lowbit.errors import UnsupportedError, UsageError
-from lowbit.gateway.config import config_for_model, load_config, parse_config
+from lowbit.gateway.config import config_for_model, kind_of, load_config, parse_config
 from lowbit.gateway.known_facts import known_facts, remember_facts
 from lowbit.gateway.launch import TierFacts, engine_threads, plan_tiers, printable, serving_policy
 
@@ -94,6 +94,18 @@ def test_one_model() -> None:
     assert list(config.models) == ["My-Model"]
     tier = config.models["My-Model"].tiers[0]
     assert (tier.path, tier.context, tier.pinned, config.threads) == ("dir/My Model.gguf", 100, True, 2)
+
+
+def test_the_kind_of_a_model_is_seen(tmp_path: Path) -> None:
+    assert kind_of(tmp_path) == "chat"
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    assert kind_of(tmp_path) == "chat"
+    (tmp_path / "modules.json").write_text("[]")
+    assert kind_of(tmp_path) == "embedding"
+    (tmp_path / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    assert kind_of(tmp_path) == "rerank"
+    (tmp_path / "config.json").write_text("[]")
+    assert config_for_model(str(tmp_path), name="x").models["x"].kind == "chat"
 
 
 def test_threads_are_divided_and_leave_the_gateway_room() -> None:

@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how one model is served")
     how.add_argument("--name", help="what clients call it (default: the name of the file or directory)")
     how.add_argument("--engine", choices=_ENGINES, default="auto", help="default: what suits the checkpoint")
+    how.add_argument("--kind", choices=("chat", "embedding", "rerank"), help="what it does (default: as it looks)")
     how.add_argument("--context", type=positive, metavar="N", help="tokens of prompt and answer of each request")
     how.add_argument("--concurrency", type=positive, metavar="N", default=4, help="requests at a time (default: 4)")
     how.add_argument("--quantize", metavar="SCHEME", help="int4, int8 or a scheme such as Q5_K_M: quantize first, once")
@@ -106,7 +107,9 @@ def build_config(arguments: argparse.Namespace) -> ServeConfig:
     if arguments.insecure:
         serve["insecure"] = True
     if arguments.source.endswith((".yaml", ".yml")):
-        given = [name for name in ("name", "context", "quantize", "python") if getattr(arguments, name) is not None]
+        given = [
+            name for name in ("name", "kind", "context", "quantize", "python") if getattr(arguments, name) is not None
+        ]
         if given:
             raise UsageError(f"--{given[0]} is for one model; in {arguments.source} it stands with a tier")
         config = load_config(arguments.source)
@@ -119,6 +122,7 @@ def build_config(arguments: argparse.Namespace) -> ServeConfig:
         concurrency=arguments.concurrency,
         quantize=arguments.quantize,
         python=arguments.python,
+        kind=arguments.kind,
         **serve,
     )
 

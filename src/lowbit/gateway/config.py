@@ -17,6 +17,7 @@ line and a suggestion.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -37,6 +38,7 @@ __all__ = [
     "ServeConfig",
     "TierConfig",
     "config_for_model",
+    "kind_of",
     "load_config",
     "parse_config",
 ]
@@ -298,9 +300,13 @@ def config_for_model(
     concurrency: int = 4,
     quantize: str | None = None,
     python: str | None = None,
+    kind: str | None = None,
     **serve: Any,
 ) -> ServeConfig:
-    """The configuration of ``lowbit serve MODEL``: one model, one tier, pinned; ``serve`` are fields of ServeConfig."""
+    """The configuration of ``lowbit serve MODEL``: one model, one tier, pinned; ``serve`` are fields of ServeConfig.
+
+    ``kind`` is read from the checkpoint where it is not given.
+    """
     model = name or re.sub(r"[^A-Za-z0-9._\-]", "-", Path(path).name.removesuffix(".gguf")) or "model"
     tier = {
         "name": quantize or "default",
@@ -312,7 +318,19 @@ def config_for_model(
         "python": python,
         "pinned": True,
     }
-    return parse_config({"models": {model: {"tiers": [tier]}}, **serve}, where="lowbit serve")
+    served = {"tiers": [tier], "kind": kind or kind_of(Path(path))}
+    return parse_config({"models": {model: served}, **serve}, where="lowbit serve")
+
+
+def kind_of(path: Path) -> str:
+    """``embedding`` for a directory of sentence-transformers, ``rerank`` for a cross-encoder, else ``chat``."""
+    try:
+        architectures = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return "chat"
+    if any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        return "rerank"
+    return "embedding" if (path / "modules.json").is_file() else "chat"
 
 
 def _beside(config: ServeConfig, base: Path) -> ServeConfig:
