@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 import lowbit
+from lowbit.evaluation.certify import QuantizeSettings
+from lowbit.pipeline.gguf import GgufSettings
+from lowbit.pipeline.job import Settings
 
 INIT = Path(lowbit.__file__)
 VERBS = {"quantize", "evaluate", "convert", "inspect", "verify"}
@@ -67,3 +71,8 @@ def test_import_is_light(module: str) -> None:
 def test_version_matches_the_package() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f'version = "{lowbit.__version__}"' in text
+
+
+def test_quantize_names_every_setting() -> None:
+    names = {f.name for kind in (Settings, GgufSettings) for f in dataclasses.fields(kind)}
+    assert set(QuantizeSettings.__annotations__) == names - {"held_out_tokens"} | {"resume", "overwrite"}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -17,11 +18,49 @@ from lowbit.pipeline.gguf import GGUF_ONLY, is_for_gguf, quantize_gguf
 from lowbit.pipeline.progress import Progress
 from lowbit.pipeline.quantize import QuantizeResult
 from lowbit.pipeline.quantize import quantize as quantize_directory
+from lowbit.pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CERTIFY_TOKENS = 4096
 """Tokens that a certificate is measured on unless told otherwise."""
 
 _FLAGS = {"types": "type", "split_bytes": "split-size"}
+
+
+class QuantizeSettings(TypedDict, total=False):
+    """Keyword arguments of :func:`quantize`: the flags of ``lowbit quantize`` under the same names.
+
+    A GGUF file has ``imatrix``, ``types``, ``pure`` and ``split_bytes``, and none of ``method`` to ``skip``. Sizes
+    are bytes. Fields and defaults: :class:`lowbit.pipeline.job.Settings`, :class:`lowbit.pipeline.gguf.GgufSettings`.
+    """
+
+    scheme: str | None
+    method: str | None
+    format: str | None
+    bits: int | None
+    group_size: int | None
+    symmetric: bool | None
+    ordering: str | None
+    recipe: str | Path | Recipe | None
+    skip: Sequence[str]
+    target: str | None
+    imatrix: str | Path | None
+    types: Sequence[str]
+    pure: bool
+    split_bytes: int | None
+    calibration: str | Path | None
+    samples: int
+    seq_len: int
+    seed: int
+    device: str
+    memory: int | None
+    revision: str | None
+    allow_pickle: bool
+    trust_remote_code: bool
+    resume: bool
+    overwrite: bool
 
 
 def quantize(
@@ -30,7 +69,7 @@ def quantize(
     *,
     certify_tokens: int = CERTIFY_TOKENS,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: Unpack[QuantizeSettings],
 ) -> QuantizeResult:
     """Quantize ``source`` into ``out`` and certify the result.
 
@@ -40,7 +79,8 @@ def quantize(
     The certificate is measured on ``certify_tokens`` (0: none) of the calibration data that were kept out of
     calibration, or on the held-out text of the ``demo`` model; without any text there is no certificate.
     """
-    result = _run(source, out, progress=progress, held_out_tokens=certify_tokens, **settings)
+    given: dict[str, Any] = {**settings}
+    result = _run(source, out, progress=progress, held_out_tokens=certify_tokens, **given)
     text = _text(source, result)
     if text is None or certify_tokens <= 0:
         return result
@@ -52,7 +92,7 @@ def quantize(
         seq_len=None if result.held_out is None else result.held_out.shape[1],
         max_tokens=certify_tokens if text == "demo" else None,
         progress=progress,
-        **{name: settings[name] for name in shared if name in settings},
+        **{name: given[name] for name in shared if name in given},
     )
     return certify(result, evaluation)
 
