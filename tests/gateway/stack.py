@@ -98,12 +98,12 @@ def configured(models: dict[str, Any], **settings: Any) -> ServeConfig:
 
 
 @asynccontextmanager
-async def stack(config: ServeConfig, memory: int = 1024 * MIB) -> AsyncIterator[Stack]:
+async def stack(config: ServeConfig, memory: int = 1024 * MIB, logs: Path | None = None) -> AsyncIterator[Stack]:
     """A gateway that runs; afterwards no engine, task or request may be left."""
     facts = {
         f"{name}@{tier.name}": TierFacts("openai") for name, model in config.models.items() for tier in model.tiers
     }
-    pool = Pool(config, plan_tiers(config, facts), memory)
+    pool = Pool(config, plan_tiers(config, facts, logs), memory)
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     async with ClientSession(connector=TCPConnector(limit=0)) as http, running(make_app(pool, config)) as url:
         made = Stack(url, pool, http)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,17 @@ def test_a_tier_that_cannot_load_is_stepped_over() -> None:
             status, _, body = await gateway.chat("assistant@bf16")
             assert status == 503
             assert "out of memory: cannot allocate the model" in body["error"]["message"]
+
+    run(scenario, 60)
+
+
+def test_a_log_that_cannot_be_written_is_a_load_that_failed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        (tmp_path / "logs").write_text("a file where the directory should be")
+        async with stack(configured(one_tier()), logs=tmp_path / "logs") as gateway:
+            status, _, body = await gateway.chat("assistant")
+            assert status == 503
+            assert "logs" in body["error"]["message"]
 
     run(scenario, 60)
 

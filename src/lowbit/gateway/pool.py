@@ -20,6 +20,7 @@ from lowbit.gateway import learning
 from lowbit.gateway.config import ServeConfig
 from lowbit.gateway.launch import TierPlan, serving_policy
 from lowbit.gateway.lease import PoolLease
+from lowbit.gateway.log import LOGGER
 from lowbit.gateway.policy import Load, Policy, Reject, Request, Route, Snapshot
 from lowbit.gateway.protocol import (
     EngineInfo,
@@ -35,6 +36,7 @@ from lowbit.gateway.routing import decide, maintain, urgency
 
 __all__ = ["Lease", "Pool", "PoolProtocol"]
 
+_BACKGROUND = "pool"
 _TICK = 0.5
 _MEASURE_EVERY = 10
 """Ticks between two measurements of the engines' memory."""
@@ -174,7 +176,7 @@ class Pool:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0),
             auto_decompress=True,
         )
-        self._spawn(self._background(), "pool")
+        self._spawn(self._background(), _BACKGROUND)
 
     async def stop(self, drain: float = 30.0) -> None:
         """Refuse new requests, wait for those under way, end every engine."""
@@ -318,7 +320,15 @@ class Pool:
     def _spawn(self, work: Any, name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        """Nothing that the pool does for itself may fail unheard."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            LOGGER.error("bug", exc_info=error, extra={"fields": {"task": task.get_name()}})
+            if task.get_name() == _BACKGROUND and not self._closing:
+                self._spawn(self._background(after=_TICK), _BACKGROUND)
 
     def _load(self, decision: Load) -> None:
         for victim in decision.evict:
@@ -333,14 +343,15 @@ class Pool:
         spec = self._plans[tier_id].spec
         if spec is None:
             raise RuntimeError(f"{tier_id} has no engine of its own to load")
-        supervisor = Supervisor(spec, self.session, lambda event, reason: self._on_engine(tier_id, event, reason))
         began = self._clock()
-        self._engines[tier_id] = supervisor
         try:
+            supervisor = Supervisor(spec, self.session, lambda event, reason: self._on_engine(tier_id, event, reason))
+            self._engines[tier_id] = supervisor
             await supervisor.start()
-        except LowbitError as error:
-            await supervisor.stop()
-            del self._engines[tier_id]
+        except (LowbitError, OSError) as error:
+            failed = self._engines.pop(tier_id, None)
+            if failed is not None:
+                await failed.stop()
             self.feed(learning.LoadFailed(tier_id, self._clock(), str(error)))
             self._tell("load_failed", tier_id, {"reason": str(error)})
             return
@@ -388,10 +399,11 @@ class Pool:
         self.feed(learning.Unloaded(tier_id, self._clock()))
         self._tell("unloaded", tier_id, {})
 
-    async def _background(self) -> None:
+    async def _background(self, after: float = 0.0) -> None:
         """Every half second: let time pass for the policy, do its maintenance, now and then measure memory."""
         ticks = 0
         while True:
+            await asyncio.sleep(_TICK if ticks else after)
             now = self._clock()
             self.feed(learning.Tick(now, *self._pressure()))
             for action in maintain(self.policy, self._state):
@@ -405,7 +417,6 @@ class Pool:
                 for tier_id, supervisor in list(self._engines.items()):
                     memory = await asyncio.to_thread(supervisor.resident_bytes)
                     self.feed(learning.Measured(tier_id, now, memory))
-            await asyncio.sleep(_TICK)
 
     def _pressure(self) -> tuple[dict[str, int], dict[str, float]]:
         """Requests waiting by tier, and the arrival of each model's oldest request without a token."""
