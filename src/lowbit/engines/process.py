@@ -147,7 +147,7 @@ class Supervisor:
         try:
             await self._launch()
             await asyncio.wait_for(self._become_ready(), self.spec.ready_timeout)
-        except TimeoutError:
+        except asyncio.TimeoutError:
             await self._end(gently=False)
             raise ResourceError(
                 f"{self.spec.name}: not ready after {self.spec.ready_timeout:g} s{self._last_words()}"
@@ -237,7 +237,7 @@ class Supervisor:
             ) as response:
                 await response.read()
                 return response.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return False
 
     async def _supervise(self) -> None:
