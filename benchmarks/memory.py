@@ -243,8 +243,12 @@ CHILDREN: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def _tell(size: int) -> None:
+    import psutil
+
     print(f"{MARK}{size}", flush=True)
-    # The engines' threads outlive them.
+    # The engines' threads and processes outlive them, and would keep our reader waiting.
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
     os._exit(0)
 
 

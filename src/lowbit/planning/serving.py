@@ -129,7 +129,7 @@ LLAMA_CPP_BASE = 36 * MIB
 LLAMA_CPP_PER_TOKEN = 225
 """Resident bytes of a llama.cpp process, and per token of the vocabulary (measured, release of autumn 2026)."""
 
-VLLM_CPU_BASE = 2200 * MIB
+VLLM_CPU_BASE = 1400 * MIB
 """Resident bytes of vLLM's CPU processes without weights and cache."""
 
 _CUDA_CONTEXT = 600 * MIB
