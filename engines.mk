@@ -5,7 +5,7 @@ ENVIRONMENT  := $(BIN)/python tests/engines/environments.py
 ENGINE_MODEL ?= demo
 BENCH        ?=
 
-.PHONY: test-engines test-vllm test-gptqmodel test-transformers bench-quantize
+.PHONY: test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-gateway
 
 test-engines: test-transformers test-gptqmodel test-vllm  ## Every checkpoint format in every engine
 
@@ -23,6 +23,9 @@ test-vllm: $(ENGINES)/.made  ## All checkpoints in vLLM's CPU build
 
 bench-quantize: $(VENV)/.installed-dev  ## Time and memory of quantization beside the peers'
 	$(BIN)/python benchmarks/quantize.py $(BENCH)
+
+bench-gateway: $(VENV)/.installed-dev  ## What the gateway costs
+	$(BIN)/python benchmarks/gateway.py $(BENCH)
 
 $(ENGINES)/.made: $(VENV)/.installed-dev $(shell find src -name '*.py') $(wildcard tests/engines/*.py)
 	rm -rf $(ENGINES)
