@@ -58,6 +58,7 @@ def make_app(pool: PoolProtocol, config: ServeConfig) -> web.Application:
         keys=KeyRing.from_config(config.api_keys),
         origins=OriginGuard(config),
         images=ImageReader(config.images),
+        kinds={model.name: model.kind for model in pool.models()},
     )
     for table in _TABLES:
         for (method, path), handler in table.items():

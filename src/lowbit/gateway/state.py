@@ -36,6 +36,7 @@ class State:
     keys: KeyRing
     origins: OriginGuard
     images: ImageReader
+    kinds: Mapping[str, str]
 
 
 STATE: web.AppKey[State] = web.AppKey("state", State)
@@ -104,7 +105,8 @@ async def start_call(
     state = request.app[STATE]
     kind = _KINDS.get(path)
     name, tier = state.pool.resolve(model if model is not None else _only_model(state.pool, kind))
-    _check_kind(state.pool, name, kind)
+    if kind is not None and state.kinds[name] != kind:
+        raise _other_kind(name, kind, state.kinds)
     await state.images.settle(body)
     resource = request.match_info.route.resource
     call = Call(
@@ -122,13 +124,11 @@ async def start_call(
     return call
 
 
-def _check_kind(pool: PoolProtocol, name: str, kind: str | None) -> None:
-    model = next(model for model in pool.models() if model.name == name)
-    if kind is not None and model.kind != kind:
-        others = [other.name for other in pool.models() if other.kind == kind]
-        hint = f"; of that kind is {', '.join(others)}" if others else f"; set kind: {kind} for one that can do it"
-        message = f"{name!r} is a model of kind {model.kind}, this route wants {kind}{hint}"
-        raise Refusal(404, message, param="model", code="not_supported")
+def _other_kind(name: str, kind: str, kinds: Mapping[str, str]) -> Refusal:
+    others = [other for other, its in kinds.items() if its == kind]
+    hint = f"; of that kind is {', '.join(others)}" if others else f"; set kind: {kind} for one that can do it"
+    message = f"{name!r} is a model of kind {kinds[name]}, this route wants {kind}{hint}"
+    return Refusal(404, message, param="model", code="not_supported")
 
 
 def _only_model(pool: PoolProtocol, kind: str | None) -> str:
