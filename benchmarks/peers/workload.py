@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def main() -> None:
     checkpoint = commands.add_parser("checkpoint")
     checkpoint.add_argument("directory", type=Path)
     checkpoint.add_argument("--shape", choices=sorted(SHAPES), required=True)
-    checkpoint.add_argument("--layers", type=int, required=True)
+    checkpoint.add_argument("--layers", type=int, help="default the whole model")
     checkpoint.add_argument("--dtype", default="float32")
+    checkpoint.add_argument("--tokenizer", choices=["words", "pieces"], default="words", help="pieces: SentencePiece's")
     tokens = commands.add_parser("tokens")
     tokens.add_argument("directory", type=Path)
     tokens.add_argument("--text", type=Path, required=True)
@@ -67,14 +69,15 @@ def main() -> None:
     machine.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
     if options.command == "checkpoint":
-        write_checkpoint(options.directory, options.shape, options.layers, options.dtype)
+        layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
+        write_checkpoint(options.directory, options.shape, layers, options.dtype, pieces=options.tokenizer == "pieces")
     elif options.command == "tokens":
         print(write_tokens(options.directory, options.text, options.samples, options.seq_len, options.out))
     else:
         print(json.dumps(measure_machine(options.threads)))
 
 
-def write_checkpoint(directory: Path, shape: str, layers: int, dtype: str) -> None:
+def write_checkpoint(directory: Path, shape: str, layers: int, dtype: str, *, pieces: bool = False) -> None:
     """A Llama of `shape` with Gaussian weights of a trained model's size, a shard per block, and a tokenizer.
 
     Its time and memory are those of a trained model of the same shape; its quality says nothing.
@@ -127,7 +130,10 @@ def write_checkpoint(directory: Path, shape: str, layers: int, dtype: str) -> No
     write(f"model-{count:05}-of-{count:05}.safetensors", {"model.norm.weight": (hidden,), "lm_head.weight": embedding})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    _write_tokenizer(directory, config.vocab_size)
+    if pieces:
+        _write_pieces(directory, config.vocab_size)
+    else:
+        _write_tokenizer(directory, config.vocab_size)
     config.save_pretrained(directory)
 
 
@@ -141,6 +147,35 @@ def _write_tokenizer(directory: Path, vocabulary: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(directory)
+
+
+def _write_pieces(directory: Path, vocabulary: int) -> None:
+    """SentencePiece's BPE form, which llama.cpp reads too: bytes, letters, and words grown by a letter at a time."""
+    words = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
+    known = set(words)
+    generator = random.Random(0)
+    while len(words) < vocabulary - 260:
+        word = generator.choice(words) + generator.choice(words[:26])
+        if len(word) < 12 and word not in known:
+            known.add(word)
+            words.append(word)
+
+    def field(number: int, payload: bytes) -> bytes:
+        length, size = b"", len(payload)
+        while size > 127:
+            length, size = length + bytes([size & 127 | 128]), size >> 7
+        return bytes([number << 3 | 2]) + length + bytes([size]) + payload
+
+    def piece(text: str, score: float, kind: int) -> bytes:
+        return field(1, field(1, text.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + bytes([3 << 3, kind]))
+
+    data = piece("<unk>", 0, 2) + piece("<s>", 0, 3) + piece("</s>", 0, 3)
+    data += b"".join(piece(f"<0x{byte:02X}>", 0, 6) for byte in range(256))
+    data += b"".join(piece(word, -float(rank), 1) for rank, word in enumerate(["▁", *words]))
+    bpe, no_normalizer, byte_fallback = bytes([3 << 3, 2]), bytes([3 << 3, 1]), bytes([35 << 3 & 127 | 128, 2, 1])
+    (directory / "tokenizer.model").write_bytes(data + field(2, bpe + byte_fallback) + field(3, no_normalizer))
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def write_tokens(directory: Path, text: Path, samples: int, seq_len: int, out: Path) -> str:

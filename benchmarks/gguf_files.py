@@ -1,0 +1,239 @@
+"""GGUF files: lowbit's quantizers beside llama.cpp's own, in accuracy, time and memory.
+
+    make bench-gguf                                            # all three parts
+    python benchmarks/gguf_files.py types                      # error and time of each type, on the same rows
+    python benchmarks/gguf_files.py model --shape 0.1b         # safetensors to GGUF, whole processes
+    python benchmarks/gguf_files.py kl --schemes Q4_K_M IQ2_M  # KL divergence of the embedded model's files
+
+The peer is llama.cpp as llama-cpp-python builds it for this machine: its converter, then its quantize call. All of a
+part's ratios come from one run, the two systems taking turns. Standard library only: a child's peak memory includes its
+parent's at the moment of the fork. (The file is not called gguf.py because scripts beside it import that package.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ROOT / "benchmarks" / "peers"
+SCHEMES = ["Q4_K_M", "Q8_0", "Q4_0"]
+KL_SCHEMES = [
+    "Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_M", "IQ2_XS", "IQ2_XXS",
+    "IQ1_M", "IQ1_S",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process or several in a row: seconds, and the peak resident bytes of the largest."""
+
+    wall: float
+    cpu: float
+    peak_rss: int
+
+    def __add__(self, other: Run) -> Run:
+        return Run(self.wall + other.wall, self.cpu + other.cpu, max(self.peak_rss, other.peak_rss))
+
+
+def main() -> int:
+    """Run the parts asked for, print tables, write JSON."""
+    options = _options()
+    options.work.mkdir(parents=True, exist_ok=True)
+    peer = _peer()
+    results: dict[str, Any] = {}
+    for part in options.parts:
+        results[part] = PARTS[part](options, peer)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
+    parser.add_argument("--types", nargs="+", help="of the part `types`; default all")
+    parser.add_argument("--rows", type=int, default=64, help="of the Gaussian matrix")
+    parser.add_argument("--shape", default="1.1b", help="of the part `model`, see peers/workload.py")
+    parser.add_argument("--layers", type=int, help="default the whole model")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--schemes", nargs="+", help="of the parts `model` and `kl`")
+    parser.add_argument("--repeats", type=int, default=3, help="of each process of `model`; the fastest counts")
+    parser.add_argument("--kl-tokens", type=int, default=16384)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-gguf", help="scratch; kept between runs")
+    parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench-gguf.json")
+    return parser.parse_args()
+
+
+def _peer() -> Path:
+    """The interpreter of the peer's environment, built if need be."""
+    command = [sys.executable, str(ROOT / "tests" / "engines" / "environments.py"), "llamacpp"]
+    built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Path(built.stdout.strip().splitlines()[-1])
+
+
+def _measured(command: list[object], log: Path, threads: int) -> Run:
+    """Run a process; a failure ends the benchmark with its last lines."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with log.open("wb") as sink:
+        start = time.perf_counter()
+        process = subprocess.Popen([str(part) for part in command], stdout=sink, stderr=sink, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise SystemExit(f"status {process.returncode} of {' '.join(map(str, command))}; the end of {log}:\n{tail}")
+    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def _lowbit(*arguments: object) -> list[object]:
+    return [sys.executable, "-m", "lowbit", *arguments, "--overwrite", "--quiet"]
+
+
+def types(options: argparse.Namespace, peer: Path) -> list[dict[str, Any]]:
+    """Error ratios and nanoseconds per weight."""
+    imatrix = options.work / "demo.imatrix.gguf"
+    if not imatrix.is_file():
+        _measured(_lowbit("imatrix", "demo", imatrix), options.work / "imatrix.log", options.threads)
+    library = next(peer.parents[1].glob("lib/python*/site-packages/llama_cpp/lib/libggml-base.so"))
+    command = [sys.executable, PEERS / "ggml_types.py", library, imatrix, "--rows", options.rows]
+    command += ["--types", *options.types] if options.types else []
+    print("\nsquared error, lowbit over llama.cpp (below 1 is better), and ns per weight on one thread")
+    print(f"{'':8} | {'Gaussian rows':^43} | {'embedded model':^43}")
+    half = f"{'plain':>6} {'weighted':>8}  {'ns: lowbit':>12} {'llama.cpp':>13}"
+    print(f"{'type':8} | {half} | {half}")
+    rows = []
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        row = json.loads(line)
+        rows.append(row)
+        print(f"{row['type']:8} | {_half(row['gaussian'])} | {_half(row['model'])}", flush=True)
+    if process.wait() != 0:
+        raise SystemExit("ggml_types.py failed")
+    return rows
+
+
+def _half(found: dict[str, Any]) -> str:
+    plain, weighted = found["plain"], found["weighted"]
+    times = [f"{plain[name]['ns']:.0f}/{weighted[name]['ns']:.0f}" for name in ("lowbit", "llama.cpp")]
+    return f"{plain['ratio']:6.3f} {weighted['ratio']:8.3f}  {times[0]:>12} {times[1]:>13}"
+
+
+def model(options: argparse.Namespace, peer: Path) -> dict[str, Any]:
+    """Wall time and peak memory from safetensors to GGUF, and the share of the copy rate that Q8_0 and Q4_0 reach."""
+    source = options.work / f"{options.shape}-{options.layers or 'whole'}-{options.dtype}"
+    if not (source / "config.json").is_file():
+        command: list[object] = [sys.executable, PEERS / "workload.py", "checkpoint", source, "--tokenizer", "pieces"]
+        command += ["--shape", options.shape, "--dtype", options.dtype]
+        command += ["--layers", options.layers] if options.layers else []
+        _measured(command, options.work / "checkpoint.log", options.threads)
+    results: dict[str, Any] = {"runs": {}, "ratios": {}}
+    print(f"\nLlama {options.shape} {options.dtype}, {options.threads} threads; fastest of {options.repeats}, in turns")
+    print(f"{'scheme':8} {'system':10} {'wall s':>8} {'CPU s':>8} {'peak MiB':>9} {'of copy':>8}")
+    for scheme in options.schemes or SCHEMES:
+        own, theirs = options.work / f"lowbit-{scheme}.gguf", options.work / f"llamacpp-{scheme}.gguf"
+        found: dict[str, list[Run]] = {"lowbit": [], "llama.cpp": []}
+        copies = []
+        for _ in range(options.repeats):
+            command = _lowbit("quantize", source, own, "--scheme", scheme, "--certify-tokens", 0, "--device", "cpu")
+            found["lowbit"].append(_measured(command, options.work / "lowbit.log", options.threads))
+            found["llama.cpp"].append(_llama_cpp(source, theirs, scheme, peer, options))
+            copies.append(_copy_seconds(source, own, options.work / "copy.bin"))
+        best = {name: min(runs, key=lambda run: run.wall) for name, runs in found.items()}
+        for name, run in best.items():
+            share = min(copies) / run.wall
+            print(f"{scheme:8} {name:10} {run.wall:8.1f} {run.cpu:8.1f} {run.peak_rss / 2**20:9.0f} {share:8.2f}")
+        ratio = best["lowbit"].wall / best["llama.cpp"].wall
+        memory = best["lowbit"].peak_rss / best["llama.cpp"].peak_rss
+        sizes = [path.stat().st_size for path in (own, theirs)]
+        print(f"{scheme:8} lowbit / llama.cpp: time {ratio:.3f}, memory {memory:.3f}, file {sizes[0] / sizes[1]:.4f}")
+        results["runs"][scheme] = {name: [asdict(run) for run in runs] for name, runs in found.items()}
+        results["ratios"][scheme] = {
+            "time": ratio, "memory": memory, "file": sizes[0] / sizes[1], "of_copy": min(copies) / best["lowbit"].wall,
+        }  # fmt: skip
+        own.unlink()
+        theirs.unlink()
+    return results
+
+
+def _llama_cpp(source: Path, out: Path, scheme: str, peer: Path, options: argparse.Namespace) -> Run:
+    """llama.cpp's way: convert, then quantize; its converter writes Q8_0 by itself."""
+    converter = peer.parents[1] / "source" / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
+    direct = scheme == "Q8_0"
+    middle = out if direct else options.work / "converted.gguf"
+    dtype = "q8_0" if direct else {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[options.dtype]
+    command: list[object] = [peer, converter, source, "--outfile", middle, "--outtype", dtype]
+    run = _measured(command, options.work / "convert.log", options.threads)
+    if not direct:
+        command = [peer, PEERS / "llamacpp_peer.py", middle, out, "--type", scheme, "--threads", options.threads]
+        run += _measured(command, options.work / "quantize.log", options.threads)
+        middle.unlink()
+    return run
+
+
+def _copy_seconds(source: Path, result: Path, scratch: Path) -> float:
+    """Seconds to read the checkpoint and to write as many bytes as the result has, to the disk."""
+    left = result.stat().st_size
+    start = time.perf_counter()
+    with scratch.open("wb") as sink:
+        for file in sorted(source.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 22):
+                    left -= sink.write(chunk[:left]) if left else 0
+        sink.flush()
+        os.fsync(sink.fileno())
+    seconds = time.perf_counter() - start
+    scratch.unlink()
+    return seconds
+
+
+def kl(options: argparse.Namespace, peer: Path) -> list[dict[str, Any]]:
+    """KL divergence from the embedded model of both systems' files, made with the same importance matrix."""
+    work, rows = options.work, []
+    imatrix, dense = work / "demo.imatrix.gguf", work / "demo-f32.gguf"
+    if not imatrix.is_file():
+        _measured(_lowbit("imatrix", "demo", imatrix), work / "imatrix.log", options.threads)
+    _measured(_lowbit("convert", "demo", dense, "--dtype", "f32"), work / "convert.log", options.threads)
+    print(f"\nKL divergence from the embedded model over {options.kl_tokens} held-out tokens, same importance matrix")
+    print(f"{'scheme':8} {'lowbit':>10} {'llama.cpp':>10} {'ratio':>7} {'bytes':>7}")
+    for scheme in options.schemes or KL_SCHEMES:
+        own, theirs = work / f"kl-lowbit-{scheme}.gguf", work / f"kl-llamacpp-{scheme}.gguf"
+        command = _lowbit("quantize", "demo", own, "--scheme", scheme, "--imatrix", imatrix, "--certify-tokens", 0)
+        _measured(command, work / "lowbit.log", options.threads)
+        command = [peer, PEERS / "llamacpp_peer.py", dense, theirs, "--type", scheme, "--imatrix", imatrix]
+        _measured(command, work / "quantize.log", options.threads)
+        divergences = list(_divergences((own, theirs), options))
+        sizes = own.stat().st_size / theirs.stat().st_size
+        ratio = divergences[0] / divergences[1]
+        print(f"{scheme:8} {divergences[0]:10.5f} {divergences[1]:10.5f} {ratio:7.3f} {sizes:7.4f}", flush=True)
+        rows.append({"scheme": scheme, "lowbit": divergences[0], "llama.cpp": divergences[1], "ratio": ratio})
+    return rows
+
+
+def _divergences(files: tuple[Path, ...], options: argparse.Namespace) -> Iterator[float]:
+    for file in files:
+        report = options.work / "eval.json"
+        command: list[object] = [sys.executable, "-m", "lowbit", "eval", file, "--against", "demo", "--text", "demo"]
+        command += ["--max-tokens", options.kl_tokens, "--device", "cpu", "--json", report, "--quiet"]
+        _measured(command, options.work / "eval.log", options.threads)
+        yield float(json.loads(report.read_text())["kl_divergence"])
+        report.unlink()
+
+
+PARTS = {"types": types, "model": model, "kl": kl}
+
+if __name__ == "__main__":
+    raise SystemExit(main())
