@@ -88,7 +88,10 @@ def test_everything_dense_is_refused(measurement: Measurement) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--size or --bits-per-weight"),
+        ([], "--size, --bits-per-weight or --memory"),
+        (["--memory", "1MiB"], "GiB more than"),
+        (["--memory", "4GiB", "--size", "1GiB"], "one budget"),
+        (["--memory", "4GiB", "--context", "999999"], "999,?999"),
         (["--bits-per-weight", "0"], "--bits-per-weight 0"),
         (["--bits-per-weight", "4.5", "--format", "gguuf"], "did you mean|use one of"),
         (["--bits-per-weight", "4.5", "--method", "awq"], "cannot measure method 'awq'"),

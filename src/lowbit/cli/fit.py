@@ -12,7 +12,7 @@ from lowbit.cli.quantize import summary
 HELP = "quantize to a size: measure every module, give each the bits that it needs"
 EXAMPLES = """\
   lowbit fit demo demo-fit --bits-per-weight 4.5
-  lowbit fit ./Qwen3-8B ./Qwen3-8B-fit --size 5.2GiB --measurements qwen3.json --report report
+  lowbit fit ./Qwen3-8B ./Qwen3-8B-fit --memory 12GiB --context 8192 --measurements qwen3.json --report report
   lowbit fit ./Qwen3-8B ./Qwen3-8B.gguf --bits-per-weight 4.25
   lowbit fit ./Qwen3-8B ./small --size 4.6GiB --measurements qwen3.json      # another size, in seconds"""
 
@@ -24,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_argument_group("budget (one of them)")
     budget.add_argument("--size", type=parse_bytes, metavar="SIZE", help="of the weight files, e.g. 3.9GiB")
     budget.add_argument("--bits-per-weight", type=float, metavar="N", help="in the linears, fractions allowed: 4.25")
+    budget.add_argument(
+        "--memory", type=parse_bytes, metavar="SIZE", help="of the device that serves it, cache and engine included"
+    )
+    budget.add_argument("--context", type=positive, metavar="N", help="tokens of each request, with --memory")
+    budget.add_argument("--concurrency", type=positive, default=1, metavar="N", help="requests at a time (default: 1)")
+    budget.add_argument(
+        "--kv-dtype", default="auto", metavar="NAME", help="of the cache, with --memory: auto, fp8, q8_0"
+    )
     what = parser.add_argument_group("what to choose from")
     what.add_argument("--format", default="compressed-tensors", help="compressed-tensors (default), gptq, gguf …")
     what.add_argument("--method", default="gptq", help="gptq (default) or rtn")
@@ -40,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--seq-len", type=positive, default=2048, metavar="N", help="tokens in each (default: 2048)")
     data.add_argument("--seed", type=int, default=42, metavar="N", help="of the choice of text (default: 42)")
     running = parser.add_argument_group("running")
-    running.add_argument("--memory", metavar="SIZE", type=parse_bytes, help="memory to stay within while quantizing")
+    running.add_argument(
+        "--work-memory", metavar="SIZE", type=parse_bytes, help="memory to stay within while quantizing"
+    )
     running.add_argument("--overwrite", action="store_true", help="replace OUT")
     running.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     running.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -61,6 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.out,
             size=arguments.size,
             bits_per_weight=arguments.bits_per_weight,
+            memory=arguments.memory,
+            context=arguments.context,
+            concurrency=arguments.concurrency,
+            kv_dtype=arguments.kv_dtype,
             format=arguments.format,
             method=arguments.method,
             candidates=candidates,
@@ -70,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             samples=arguments.samples,
             seq_len=arguments.seq_len,
             seed=arguments.seed,
-            memory=arguments.memory,
+            work_memory=arguments.work_memory,
             overwrite=arguments.overwrite,
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,

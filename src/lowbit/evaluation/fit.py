@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint import check_output
-from lowbit.errors import UsageError
+from lowbit.errors import ResourceError, UsageError
 from lowbit.evaluation.certify import CERTIFY_TOKENS, quantize
+from lowbit.evaluation.estimate import estimate
 from lowbit.evaluation.fit_plots import draw_fit
 from lowbit.pipeline.fit import (
     GGUF,
@@ -25,6 +26,7 @@ from lowbit.pipeline.fit import (
 from lowbit.pipeline.gguf_output import check_name, is_gguf_name
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.quantize import QuantizeResult
+from lowbit.planning.kv_dtypes import LLAMA_CPP, VLLM
 
 __all__ = ["FitResult", "fit"]
 
@@ -52,6 +54,10 @@ def fit(
     *,
     size: int | None = None,
     bits_per_weight: float | None = None,
+    memory: int | None = None,
+    context: int | None = None,
+    concurrency: int = 1,
+    kv_dtype: str = "auto",
     format: str = "compressed-tensors",
     method: str = "gptq",
     candidates: Sequence[str] | None = None,
@@ -63,23 +69,29 @@ def fit(
     seed: int = 42,
     certify_tokens: int = CERTIFY_TOKENS,
     device: str = "cpu",
-    memory: int | None = None,
+    work_memory: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> FitResult:
-    """Quantize ``source`` into ``out`` with the bits per module that lose least in ``size`` bytes on disk, or in
-    ``bits_per_weight`` of its linears; an ``out`` that ends in ``.gguf`` becomes a GGUF file.
+    """Quantize ``source`` into ``out`` with the bits per module that lose least within a budget.
+
+    The budget is ``size`` bytes on disk, ``bits_per_weight`` of the linears, or ``memory``: bytes of a device that must
+    hold the weights, the cache of ``concurrency`` requests of ``context`` tokens in ``kv_dtype``, and the engine
+    (vLLM, or llama.cpp for a GGUF file), as :func:`lowbit.estimate` counts them. An ``out`` that ends in ``.gguf``
+    becomes a GGUF file.
 
     ``measurements`` is a file: read if it is there, written if not, so that the next budget takes seconds.
     ``report`` is a directory for the pictures. Raises :class:`ResourceError` for a budget that is too small, by how
     much; everything :func:`lowbit.quantize` raises besides.
     """
     progress = progress or Silent()
-    if (size is None) == (bits_per_weight is None):
-        raise UsageError("fit needs a budget: --size or --bits-per-weight (one of them)")
+    if sum(budget is not None for budget in (size, bits_per_weight, memory)) != 1:
+        raise UsageError("fit needs one budget: --size, --bits-per-weight or --memory")
     if is_gguf_name(out):
         format = GGUF
+    if memory is not None:
+        size = _room(source, memory, context, concurrency, kv_dtype, format, progress)
     if format == GGUF:
         check_name(Path(out), overwrite=overwrite)
     else:
@@ -98,13 +110,44 @@ def fit(
         how = {"recipe": chosen.recipe(measurement)}
     result = quantize(
         source, out, **how, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed,
-        certify_tokens=certify_tokens, device=device, memory=memory, overwrite=overwrite,
+        certify_tokens=certify_tokens, device=device, memory=work_memory, overwrite=overwrite,
         trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
     plots: tuple[Path, ...] = ()
     if report is not None:
         plots = draw_fit(Path(report), measurement, chosen, curve(measurement), result.quality)
     return FitResult(chosen, chosen.divergence, result, measurement, plots)
+
+
+def _room(
+    source: str | Path,
+    memory: int,
+    context: int | None,
+    concurrency: int,
+    kv_dtype: str,
+    format: str,
+    progress: Progress,
+) -> int:
+    """Bytes that weights may take of ``memory`` beside everything else."""
+    llama_cpp = format == GGUF
+    estimated = estimate(
+        source, schemes=[GGUF_BASE if llama_cpp else "int4-g128-sym"],
+        format="compressed-tensors" if llama_cpp else format, context=context, concurrency=concurrency, kv_dtype=kv_dtype, engine=LLAMA_CPP if llama_cpp else VLLM,
+        gpus=1, gpu_memory=memory,
+    )  # fmt: skip
+    precision = estimated.precisions[0]
+    if not precision.parts:
+        raise UsageError(precision.problem)
+    others = precision.total - precision.parts["weights"]
+    room = precision.budget - others
+    told = f"{estimated.context:,} tokens for {concurrency} and {estimated.engine} take {others / 2**30:.2f} GiB"
+    if room <= 0:
+        raise ResourceError(
+            f"--memory: {told}, {-room / 2**30:.2f} GiB more than the engine may use of {memory / 2**30:.2f} GiB: "
+            "lower --context or --concurrency, or a smaller --kv-dtype"
+        )
+    progress.message(f"{told}; {room / 2**30:.2f} GiB are left for weights")
+    return room
 
 
 def curve(measurement: Measurement) -> list[Fit]:
