@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default), Q6_K, IQ3_XS …",
     )
     what.add_argument("--method", choices=METHODS, help="how weights are rounded (default: gptq)")
-    what.add_argument("--format", choices=(*FORMATS, "gguf"), help="how they are stored (default: compressed-tensors)")
+    what.add_argument("--format", choices=(*FORMATS[:-1], "gguf"), help="file format (default: compressed-tensors)")
     what.add_argument("--bits", type=int, metavar="N", help="2 to 8, overrides the scheme")
     what.add_argument(
         "--group-size", type=int, metavar="N", help="columns that share a scale: 32, 64, 128 …; -1 a row, 0 the matrix"

@@ -129,12 +129,19 @@ def _room(
     progress: Progress,
 ) -> int:
     """Bytes that weights may take of ``memory`` beside everything else."""
-    llama_cpp = format == GGUF
+    engine = LLAMA_CPP if format == GGUF else VLLM
+    scheme = GGUF_BASE if format == GGUF else "int4-g128-sym"
     estimated = estimate(
-        source, schemes=[GGUF_BASE if llama_cpp else "int4-g128-sym"],
-        format="compressed-tensors" if llama_cpp else format, context=context, concurrency=concurrency, kv_dtype=kv_dtype, engine=LLAMA_CPP if llama_cpp else VLLM,
-        gpus=1, gpu_memory=memory,
-    )  # fmt: skip
+        source,
+        schemes=[scheme],
+        format="compressed-tensors" if format == GGUF else format,
+        context=context,
+        concurrency=concurrency,
+        kv_dtype=kv_dtype,
+        engine=engine,
+        gpus=1,
+        gpu_memory=memory,
+    )
     precision = estimated.precisions[0]
     if not precision.parts:
         raise UsageError(precision.problem)
