@@ -4,6 +4,8 @@
 
 `ranking`: predicted against measured KL divergence of random assignments of number formats (Spearman's rank
 correlation). `uniform`: a fit against every uniform scheme of the same size (ratio of the measured divergences).
+`mixes`: GGUF fits against named mixes of llama.cpp, both by lowbit with an importance matrix, in files of the same
+size.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ CANDIDATES = (
     "int6-g128-sym", "int8-g128-sym",
 )  # fmt: skip
 UNIFORM = ("int3-g128-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int5-g128-sym", "int6-g128-sym")
+MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 CALIBRATION: dict[str, Any] = {"samples": 64, "seq_len": 512}
 
 
@@ -35,15 +38,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--assignments", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--only", nargs="+", choices=("ranking", "uniform", "mixes"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         measurement = measured(work)
-        found = {
-            "ranking": ranking(measurement, work, arguments.assignments, arguments.tokens),
-            "uniform": uniform(measurement, work, arguments.tokens),
+        parts = {
+            "ranking": lambda: ranking(measurement, work, arguments.assignments, arguments.tokens),
+            "uniform": lambda: uniform(measurement, work, arguments.tokens),
+            "mixes": lambda: mixes(work, arguments.tokens),
         }
+        found = {name: part() for name, part in parts.items() if not arguments.only or name in arguments.only}
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -115,6 +121,29 @@ def uniform(measurement: Measurement, work: Path, tokens: int) -> list[dict[str,
         bits = fits[f"fit-{name}"].bits_per_weight
         rows.append({"uniform": name, "bits_per_weight": bits, "uniform_kl": a, "fit_kl": b, "ratio": b / a})
         print(f"{name:14}  {bits:6.3f} bits  uniform {a:.5f}  fit {b:.5f}  ratio {b / a:.2f}")
+    return rows
+
+
+def mixes(work: Path, tokens: int) -> list[dict[str, Any]]:
+    file, paths, sizes = work / "gguf-measurement.json", [], []
+    for name in MIXES:
+        path = work / f"{name}.gguf"
+        if not path.exists():
+            lowbit.quantize("demo", path, scheme=name, imatrix="auto", certify_tokens=0, **CALIBRATION)
+        sizes.append(path.stat().st_size)
+        paths.append(path)
+    for name, size in zip(MIXES, sizes, strict=True):
+        path = work / f"fit-{name}.gguf"
+        if not path.exists():
+            lowbit.fit("demo", path, size=size, measurements=file, certify_tokens=0, **CALIBRATION)
+        paths.append(path)
+    divergences = [float(e.kl_divergence or 0.0) for e in evaluate_all(paths, against="demo", max_tokens=tokens)]
+    rows = []
+    for name, path, a, b in zip(MIXES, paths[len(MIXES) :], divergences, divergences[len(MIXES) :], strict=False):
+        size = path.stat().st_size
+        mix_size = (work / f"{name}.gguf").stat().st_size
+        rows.append({"mix": name, "bytes": mix_size, "fit_bytes": size, "mix_kl": a, "fit_kl": b, "ratio": b / a})
+        print(f"{name:8}  {mix_size:9,} bytes  KL {a:.5f}   fit {size:9,} bytes  KL {b:.5f}   ratio {b / a:.2f}")
     return rows
 
 

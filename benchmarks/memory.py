@@ -212,10 +212,10 @@ def _child_quantize(asked: dict[str, Any]) -> None:
 
 
 def _child_predict(asked: dict[str, Any]) -> None:
-    from lowbit.evaluation.headers import open_header_model
-    from lowbit.evaluation.making import predict_making
-    from lowbit.evaluation.variants import make_variant
     from lowbit.planning import probe
+    from lowbit.sizing.headers import open_header_model
+    from lowbit.sizing.making import predict_making
+    from lowbit.sizing.variants import make_variant
 
     model = open_header_model(asked["path"])
     count, length = asked["samples"], asked["seq_len"]

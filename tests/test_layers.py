@@ -21,6 +21,7 @@ LAYERS = (
     "calibration",
     "pipeline",
     "evaluation",
+    "sizing",
     "engines",
     "gateway",
     "cli",

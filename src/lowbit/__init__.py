@@ -27,19 +27,19 @@ if TYPE_CHECKING:
         UsageError,
     )
     from lowbit.evaluation.certify import quantize
-    from lowbit.evaluation.estimate import estimate
-    from lowbit.evaluation.estimate_results import Estimate
     from lowbit.evaluation.evaluate import evaluate
-    from lowbit.evaluation.fit import FitResult, fit
     from lowbit.evaluation.inspect import Inspection
     from lowbit.evaluation.inspect import inspect_checkpoint as inspect
-    from lowbit.evaluation.recommend import Recommendation, recommend
     from lowbit.evaluation.results import Evaluation
     from lowbit.evaluation.verify import Verification
     from lowbit.evaluation.verify import verify_checkpoint as verify
     from lowbit.pipeline.gguf_convert import convert
     from lowbit.pipeline.imatrix import ImatrixResult, imatrix
     from lowbit.pipeline.quantize import QuantizeResult
+    from lowbit.sizing.estimate import estimate
+    from lowbit.sizing.estimate_results import Estimate
+    from lowbit.sizing.fit import FitResult, fit
+    from lowbit.sizing.recommend import Recommendation, recommend
 
 __version__ = "0.1.0"
 
@@ -76,27 +76,27 @@ _ORIGINS = {
     "CalibrationError": ("lowbit.errors", "CalibrationError"),
     "CheckpointError": ("lowbit.errors", "CheckpointError"),
     "ConversionResult": ("lowbit.codecs.conversion", "ConversionResult"),
-    "Estimate": ("lowbit.evaluation.estimate_results", "Estimate"),
+    "Estimate": ("lowbit.sizing.estimate_results", "Estimate"),
     "Evaluation": ("lowbit.evaluation.results", "Evaluation"),
-    "FitResult": ("lowbit.evaluation.fit", "FitResult"),
+    "FitResult": ("lowbit.sizing.fit", "FitResult"),
     "ImatrixResult": ("lowbit.pipeline.imatrix", "ImatrixResult"),
     "Inspection": ("lowbit.evaluation.inspect", "Inspection"),
     "LowbitError": ("lowbit.errors", "LowbitError"),
     "NumericsError": ("lowbit.errors", "NumericsError"),
     "QuantizeResult": ("lowbit.pipeline.quantize", "QuantizeResult"),
-    "Recommendation": ("lowbit.evaluation.recommend", "Recommendation"),
+    "Recommendation": ("lowbit.sizing.recommend", "Recommendation"),
     "ResourceError": ("lowbit.errors", "ResourceError"),
     "UnsupportedError": ("lowbit.errors", "UnsupportedError"),
     "UsageError": ("lowbit.errors", "UsageError"),
     "Verification": ("lowbit.evaluation.verify", "Verification"),
     "convert": ("lowbit.pipeline.gguf_convert", "convert"),
-    "estimate": ("lowbit.evaluation.estimate", "estimate"),
+    "estimate": ("lowbit.sizing.estimate", "estimate"),
     "evaluate": ("lowbit.evaluation.evaluate", "evaluate"),
-    "fit": ("lowbit.evaluation.fit", "fit"),
+    "fit": ("lowbit.sizing.fit", "fit"),
     "imatrix": ("lowbit.pipeline.imatrix", "imatrix"),
     "inspect": ("lowbit.evaluation.inspect", "inspect_checkpoint"),
     "quantize": ("lowbit.evaluation.certify", "quantize"),
-    "recommend": ("lowbit.evaluation.recommend", "recommend"),
+    "recommend": ("lowbit.sizing.recommend", "recommend"),
     "verify": ("lowbit.evaluation.verify", "verify_checkpoint"),
 }
 

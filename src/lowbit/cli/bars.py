@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lowbit.cli.output import human_bytes
 
 if TYPE_CHECKING:
-    from lowbit.evaluation.estimate_results import Estimate
+    from lowbit.sizing.estimate_results import Estimate
 
 WIDTH = 72
 """Cells of the longest bar."""

@@ -9,7 +9,7 @@ from lowbit.cli.options import FORMATS, SOURCE_HELP, positive, size_of
 from lowbit.cli.output import human_bytes, print_fields, print_table, write_json
 
 if TYPE_CHECKING:
-    from lowbit.evaluation.estimate_results import Estimate, PrecisionEstimate
+    from lowbit.sizing.estimate_results import Estimate, PrecisionEstimate
 
 HELP = "say what a model needs at each precision and whether it fits, from headers alone"
 EXAMPLES = """\
@@ -72,7 +72,7 @@ def add_load_arguments(parser: argparse.ArgumentParser, *, with_gpu_memory: bool
 
 def run(arguments: argparse.Namespace) -> int:
     """Estimate and print; the exit status is 0 whether it fits or not."""
-    from lowbit.evaluation.estimate import estimate
+    from lowbit.sizing.estimate import estimate
 
     result = estimate(
         arguments.model,
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
     )
     if arguments.png:
-        from lowbit.evaluation.memory_plot import write_picture
+        from lowbit.sizing.memory_plot import write_picture
 
         write_picture(result, arguments.png)
     if arguments.json:

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fit and say what was chosen."""
-    from lowbit.evaluation.fit import fit
+    from lowbit.sizing.fit import fit
 
     progress = create_progress(quiet=arguments.quiet)
     candidates = None

@@ -10,7 +10,7 @@ from lowbit.cli.options import SOURCE_HELP, size_of
 from lowbit.cli.output import human_bytes, print_fields, write_json
 
 if TYPE_CHECKING:
-    from lowbit.evaluation.recommend import Recommendation
+    from lowbit.sizing.recommend import Recommendation
 
 HELP = "choose precision, method, cache, engine and flags for a memory budget, with the reasons"
 EXAMPLES = """\
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Recommend and print."""
-    from lowbit.evaluation.recommend import recommend
+    from lowbit.sizing.recommend import recommend
 
     result = recommend(
         arguments.model,

@@ -176,7 +176,7 @@ def _content_hash(source: Path) -> str:
 def _describe(engine: str, tier: TierConfig, source: Path, path: Path) -> TierFacts:
     """Memory by the planner, quality by the certificate, context by the model."""
     from lowbit.checkpoint.manifest import read_manifest
-    from lowbit.evaluation.estimate import estimate
+    from lowbit.sizing.estimate import estimate
 
     manifest = read_manifest(path)
     kl = _certified(path)

@@ -10,8 +10,6 @@ from typing import Any
 from lowbit.checkpoint import check_output
 from lowbit.errors import ResourceError, UsageError
 from lowbit.evaluation.certify import CERTIFY_TOKENS, quantize
-from lowbit.evaluation.estimate import estimate
-from lowbit.evaluation.fit_plots import draw_fit
 from lowbit.pipeline.fit import (
     GGUF,
     GGUF_BASE,
@@ -27,6 +25,8 @@ from lowbit.pipeline.gguf_output import check_name, is_gguf_name
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.quantize import QuantizeResult
 from lowbit.planning.kv_dtypes import LLAMA_CPP, VLLM
+from lowbit.sizing.estimate import estimate
+from lowbit.sizing.fit_plots import draw_fit
 
 __all__ = ["FitResult", "fit"]
 

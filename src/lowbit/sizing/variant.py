@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lowbit.evaluation.headers import tensor_kind
 from lowbit.planning import PlannedModule
+from lowbit.sizing.headers import tensor_kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowbit.errors import UsageError
-from lowbit.evaluation.advice import advise
-from lowbit.evaluation.estimate_results import CacheEstimate, Devices, Estimate, PrecisionEstimate
-from lowbit.evaluation.headers import HeaderModel, open_header_model
-from lowbit.evaluation.making import predict_making
-from lowbit.evaluation.placement import device_kinds, image_encoder
-from lowbit.evaluation.variant import Variant
-from lowbit.evaluation.variants import make_variant
 from lowbit.planning import Hardware, probe, tensor_parallel
 from lowbit.planning.kv import llama_cpp_cache, request_bytes, token_bytes, vllm_pool
 from lowbit.planning.kv_dtypes import LLAMA_CPP, VLLM, KvDtype, parse_kv_dtype
@@ -31,6 +24,13 @@ from lowbit.planning.serving import (
     largest_context,
 )
 from lowbit.planning.thumb import thumb_rules, thumb_weights
+from lowbit.sizing.advice import advise
+from lowbit.sizing.estimate_results import CacheEstimate, Devices, Estimate, PrecisionEstimate
+from lowbit.sizing.headers import HeaderModel, open_header_model
+from lowbit.sizing.making import predict_making
+from lowbit.sizing.placement import device_kinds, image_encoder
+from lowbit.sizing.variant import Variant
+from lowbit.sizing.variants import make_variant
 
 ENGINES = (VLLM, LLAMA_CPP)
 UTILISATION: Mapping[str, float] = {VLLM: 0.92, LLAMA_CPP: 0.97}

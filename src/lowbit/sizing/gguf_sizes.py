@@ -10,12 +10,12 @@ from lowbit.codecs.gguf.metadata import MetadataValue
 from lowbit.codecs.gguf.mixes import choose_types, find_mix
 from lowbit.codecs.gguf.writing import gguf_file_size
 from lowbit.errors import LowbitError
-from lowbit.evaluation.headers import HeaderModel
-from lowbit.evaluation.variant import Variant
 from lowbit.formats.ggml.types import GgmlType
 from lowbit.pipeline.gguf_output import Output
 from lowbit.pipeline.gguf_stream import Task
 from lowbit.planning import PlannedModule
+from lowbit.sizing.headers import HeaderModel
+from lowbit.sizing.variant import Variant
 
 REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"})
 """Types that llama.cpp copies into another order on a CPU with AVX2 (measured); the mapped originals stay cached."""

@@ -18,14 +18,14 @@ from lowbit.checkpoint.sizes import weight_file_sizes
 from lowbit.codecs import CODECS
 from lowbit.codecs.gguf.mixes import MIXES, is_mix
 from lowbit.errors import UsageError
-from lowbit.evaluation.gguf_sizes import gguf_variant
-from lowbit.evaluation.headers import Header, HeaderModel, block_number
-from lowbit.evaluation.variant import Variant
 from lowbit.formats import PER_TENSOR, IntSpec, QuantizedTensor, parse_spec
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.recipe import Recipe, resolve
 from lowbit.planning import PlannedModule
 from lowbit.quant import METHODS
+from lowbit.sizing.gguf_sizes import gguf_variant
+from lowbit.sizing.headers import Header, HeaderModel, block_number
+from lowbit.sizing.variant import Variant
 
 FLOATS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dense precisions by the name that ``convert --dtype`` takes."""

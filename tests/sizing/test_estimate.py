@@ -13,12 +13,12 @@ from lowbit import convert, estimate, quantize, recommend
 from lowbit.codecs import conversion
 from lowbit.errors import CheckpointError, LowbitError, ResourceError, UnsupportedError, UsageError
 from lowbit.evaluation import variants
-from lowbit.evaluation.estimate_results import Estimate
-from lowbit.evaluation.headers import open_header_model
-from lowbit.evaluation.memory_plot import write_picture
-from lowbit.evaluation.placement import device_kinds, image_encoder
-from lowbit.evaluation.variants import make_variant
 from lowbit.planning import Hardware
+from lowbit.sizing.estimate_results import Estimate
+from lowbit.sizing.headers import open_header_model
+from lowbit.sizing.memory_plot import write_picture
+from lowbit.sizing.placement import device_kinds, image_encoder
+from lowbit.sizing.variants import make_variant
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 GIB = 2**30

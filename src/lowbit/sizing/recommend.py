@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import ResourceError, UsageError
-from lowbit.evaluation.estimate import estimate_model
-from lowbit.evaluation.estimate_results import Estimate, PrecisionEstimate
-from lowbit.evaluation.headers import open_header_model
-from lowbit.evaluation.measurements import best, find_measurements
 from lowbit.planning import Hardware, probe
 from lowbit.planning.choice import LIMITS, Candidate, Choice, Measured, Quality, choose, told_loss
 from lowbit.planning.kv_dtypes import LLAMA_CPP, VLLM, parse_kv_dtype
 from lowbit.planning.thumb import select_bits
+from lowbit.sizing.estimate import estimate_model
+from lowbit.sizing.estimate_results import Estimate, PrecisionEstimate
+from lowbit.sizing.headers import open_header_model
+from lowbit.sizing.measurements import best, find_measurements
 
 _GIB = 2**30
 _SCHEMES = {

@@ -19,9 +19,9 @@ from lowbit.codecs.gguf.metadata import MetadataValue
 from lowbit.codecs.opening import open_model
 from lowbit.codecs.reading import dense_names
 from lowbit.errors import UnsupportedError
-from lowbit.evaluation.config_only import open_config
 from lowbit.evaluation.footprint import kind_of
 from lowbit.pipeline.streamed import model_dtype
+from lowbit.sizing.config_only import open_config
 
 Header = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""

@@ -13,8 +13,8 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.cli.main import main
 from lowbit.codecs import module_plan, open_model
 from lowbit.errors import CheckpointError, ResourceError, UsageError
-from lowbit.evaluation.fit import curve, fit
 from lowbit.pipeline.fit import Fit, Measurement, choose, measure
+from lowbit.sizing.fit import curve, fit
 
 CANDIDATES = ("int3-g64-sym", "int4-g64-sym", "int6-g64-sym", "int8-g64-sym")
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowbit.evaluation.advice import Advice
 from lowbit.planning.thumb import ThumbRules
+from lowbit.sizing.advice import Advice
 
 SEGMENTS = (
     "embedding",

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from lowbit.evaluation.headers import HeaderModel, tensor_kind
-from lowbit.evaluation.variant import KINDS, Variant
 from lowbit.planning.serving import Encoder
+from lowbit.sizing.headers import HeaderModel, tensor_kind
+from lowbit.sizing.variant import KINDS, Variant
 
 _WHOLE = re.compile(r"(q_a_proj|kv_a_proj\w*|q_a_layernorm|A_log|dt_bias)\b|\.(g_idx|weight_shape)$")
 """Modules that engines keep whole on every device: down-projections of latent attention."""

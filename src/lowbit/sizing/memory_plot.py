@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lowbit.errors import UsageError
-from lowbit.evaluation.estimate_results import Estimate
+from lowbit.sizing.estimate_results import Estimate
 
 _GIB = 2**30
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lowbit.evaluation.headers import HeaderModel
-from lowbit.evaluation.variant import Variant
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.checks import MARGIN
 from lowbit.planning import Hardware, Workload, predict
 from lowbit.planning.cost import Prediction
+from lowbit.sizing.headers import HeaderModel
+from lowbit.sizing.variant import Variant
 
 
 def predict_making(
