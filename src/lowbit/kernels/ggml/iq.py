@@ -42,7 +42,7 @@ IQ1_M = Layout(sub=16, steps=8, unit=1.0, signs="point", guess=1.2, ratio=1.2, s
 def iq3_s(weight: Rows, importance: Importance) -> Bytes:
     """Runs of 4 out of 512 points, a sign bit per weight, a 4-bit scale per 32."""
     found = search(weight, importance, lattice("IQ3_S"), IQ3_S)
-    high = _bits(found.points >> 8, 1)
+    high = _bits(found.points >> np.uint16(8), 1)
     return _rows(_scales(found), _low(found), high, found.signs, _pairs(found.number))
 
 
@@ -55,7 +55,7 @@ def iq3_xxs(weight: Rows, importance: Importance) -> Bytes:
 def iq2_s(weight: Rows, importance: Importance) -> Bytes:
     """Runs of 8 out of 1024 points, a sign bit per weight, a 4-bit scale per 16."""
     found = search(weight, importance, lattice("IQ2_S"), IQ2_S)
-    high = _bits(found.points >> 8, 2)
+    high = _bits(found.points >> np.uint16(8), 2)
     return _rows(_scales(found), _low(found), found.signs, high, _pairs(found.number))
 
 
@@ -87,7 +87,7 @@ def iq1_s(weight: Rows, importance: Importance) -> Bytes:
 def iq1_m(weight: Rows, importance: Importance) -> Bytes:
     """Runs of 8 out of 2048 points of -1, 0 and 1, each shifted by an eighth, a 3-bit scale per 16."""
     found = search(weight, importance, lattice("IQ1_S"), IQ1_M)
-    high = (found.points >> 8).astype(np.uint8) | found.shift << 3
+    high = (found.points >> 8).astype(np.uint8) | found.shift << np.uint8(3)
     threes = found.number.astype(np.uint16).reshape(*found.number.shape[:2], 4, 4)
     words = (threes << np.array([0, 3, 6, 9], np.uint16)).sum(axis=-1, dtype=np.uint16)
     # the float16 is spread over the top four bits of the four words
@@ -118,15 +118,16 @@ def _bits(fields: npt.NDArray[np.uint16], width: int) -> Bytes:
     """Fields of ``width`` bits, 8 / width to a byte, the first lowest."""
     split = fields.reshape(*fields.shape[:2], -1, 8 // width)
     places = np.arange(0, 8, width, dtype=np.uint16)
-    return (split << places).sum(axis=-1, dtype=np.uint16).astype(np.uint8)
+    joined: Bytes = (split << places).sum(axis=-1, dtype=np.uint16).astype(np.uint8)
+    return joined
 
 
 def _pairs(fields: Bytes) -> Bytes:
-    return fields[..., ::2] | fields[..., 1::2] << 4
+    return fields[..., ::2] | fields[..., 1::2] << np.uint8(4)
 
 
 def _signs_and_number(found: Codes) -> npt.NDArray[np.uint32]:
     """For every 32 weights: four times 7 sign bits, then the scale number."""
     signs = (found.signs & 0x7F).astype(np.uint32).reshape(*found.signs.shape[:2], BLOCK // 32, 4)
-    packed = (signs << np.array([0, 7, 14, 21], np.uint32)).sum(axis=-1, dtype=np.uint32)
-    return packed | found.number.astype(np.uint32) << 28
+    packed: npt.NDArray[np.uint32] = (signs << np.array([0, 7, 14, 21], np.uint32)).sum(axis=-1, dtype=np.uint32)
+    return packed | found.number.astype(np.uint32) << np.uint32(28)

@@ -316,7 +316,7 @@ def _sign_bits(x: Any, product: Any, halves: Any, width: int, kept: Any, out: An
     for eight in range(BLOCK // 8):
         bits = 0
         for j in range(8):
-            bits |= np.int64(x[eight * 8 + j] < 0) << j
+            bits |= int(x[eight * 8 + j] < 0) << j
         for run in range(eight * 8 // width, (eight * 8 + 8) // width):
             if kept[2][run]:
                 least, where = np.float32(np.inf), run * width

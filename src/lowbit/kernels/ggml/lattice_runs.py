@@ -74,7 +74,7 @@ def _cell(x: Any, first: int, inverse: Any, delta: Any, thresholds: Any, width: 
         value += value
         digit = 0
         for threshold in thresholds:
-            digit += np.int64(value > threshold)
+            digit += int(value > threshold)
         cell += place * digit
         place *= len(thresholds) + 1
     return cell

@@ -79,5 +79,5 @@ def tabulate(importance: Any, halves: Any, shape: Any, x: Any, tables: Any, tota
     for eight in range(BLOCK // 8):
         minus = 0
         for j in range(eight * 8, eight * 8 + 8):
-            minus += np.int64(x[j] < 0)
+            minus += int(x[j] < 0)
         odd[eight] = minus % 2 == 1
