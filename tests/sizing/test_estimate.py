@@ -12,8 +12,8 @@ import torch
 from lowbit import convert, estimate, quantize, recommend
 from lowbit.codecs import conversion
 from lowbit.errors import CheckpointError, LowbitError, ResourceError, UnsupportedError, UsageError
-from lowbit.evaluation import variants
 from lowbit.planning import Hardware
+from lowbit.sizing import variants
 from lowbit.sizing.estimate_results import Estimate
 from lowbit.sizing.headers import open_header_model
 from lowbit.sizing.memory_plot import write_picture

@@ -9,7 +9,10 @@ Both sums are over the two halves of a run, and a half has only 64 or 81 pattern
 run (``A`` once for all rows, importance being per column), and a point costs two look-ups. At a scale, the nearest
 points of the run's cell are tried; in the exact form also all others that the bound on their left half does not rule
 out. Each sub-block is coded at scales around its best; block scales are then compared by the sums found, the best
-one's codes are made exactly, and the block scale is refitted by least squares.
+one's codes are made exactly, and the block scale is refitted by least squares, then enlarged a little.
+
+Both the enlargement and the tempered importance cost some of the plain objective (which stays below llama.cpp's) for
+the sake of the model: KL divergence of the embedded model's 1- to 3-bit files falls by up to a quarter.
 
 Where 8 signs are stored in 7 bits their product must be plus: a run that has it otherwise flips the sign that costs
 least, which is part of the search for its point.
@@ -37,6 +40,12 @@ _WIDER = 6
 _TRIALS = 8
 _LEAST_SHARE, _MOST_SHARE = 0.8, 1.1
 """Block scales tried: the largest scale number then stands for these shares of the largest sub-block scale."""
+_TEMPER = np.float32(0.75)
+"""Power of the importance that is searched with. It is measured on some text, and knows nothing of how inputs vary
+together: taken at its word, it spends on a few columns what others need."""
+_UNSHRINK = 0.7
+"""The scale of least squares makes a block smaller than the weights by the share of their energy that is lost, all in
+one direction, which layers pass on where errors of either sign would cancel. This share of it is undone."""
 _TOO_LARGE = 1e30
 _FLAT = 1.5
 """Square of the largest weight over the mean square, below which a sub-block has nearly one magnitude."""
@@ -125,7 +134,7 @@ def search(
     even, signed = layout.signs == "even", layout.signs != "point"
     _search(
         weight,
-        np.ones(columns, np.float32) if importance is None else importance,
+        np.ones(columns, np.float32) if importance is None else importance**_TEMPER,
         (thresholds, table.halves, table.points, table.order, table.start, table.neighbours),
         (layout.unit, layout.guess, layout.ratio),
         (table.width, layout.sub, layout.steps, signed, even, layout.shifts, layout.shared, layout.exact),
@@ -205,6 +214,7 @@ def _encode(
     unit, guess, ratio = np.float32(constants[0]), np.float32(constants[1]), np.float32(constants[2])
     size, steps = shape[1], shape[2]
     subs = BLOCK // size
+    whole = np.float32(0.0)
     for sub in range(subs):
         energy = mass = top = np.float32(0.0)
         for j in range(sub * size, (sub + 1) * size):
@@ -213,6 +223,7 @@ def _encode(
             top = max(top, abs(x[j]))
         if not energy < _TOO_LARGE:
             return np.float32(np.inf)
+        whole += energy
         middle = guess * np.sqrt(energy / mass)
         level = shape[3] and top * top * mass < np.float32(_FLAT) * energy
         wanted[sub] = 0.0
@@ -306,7 +317,9 @@ def _encode(
         for u in range(len(shifted)):
             kept[0][u], kept[1][u], kept[2][u] = point[shifted[u], u], shifted[u], flipped[u]
         kept[3][:] = number
-    return best_scale / unit
+        lost = max(np.float32(1.0) - best / whole, np.float32(0.0))
+        best_scale *= np.float32(1.0) + np.float32(_UNSHRINK) * lost / (np.float32(1.0) - lost)
+    return _half(best_scale / unit)
 
 
 @compiled  # type: ignore[untyped-decorator]
