@@ -29,13 +29,13 @@ LAYOUTS: dict[str, Layout] = {
 NAMES = list(LAYOUTS)
 
 GAUSSIAN = {
-    "IQ3_S": (0.134, 0.116),
-    "IQ3_XXS": (0.182, 0.153),
-    "IQ2_S": (0.245, 0.223),
-    "IQ2_XS": (0.295, 0.253),
-    "IQ2_XXS": (0.335, 0.285),
-    "IQ1_S": (0.456, 0.415),
-    "IQ1_M": (0.420, 0.370),
+    "IQ3_S": (0.134, 0.118),
+    "IQ3_XXS": (0.184, 0.156),
+    "IQ2_S": (0.248, 0.227),
+    "IQ2_XS": (0.300, 0.260),
+    "IQ2_XXS": (0.343, 0.295),
+    "IQ1_S": (0.483, 0.440),
+    "IQ1_M": (0.445, 0.390),
 }
 """Relative root mean square errors of Gaussian weights, plain and weighted, with some room; llama.cpp's are higher."""
 

@@ -46,6 +46,7 @@ together: taken at its word, it spends on a few columns what others need."""
 _UNSHRINK = 0.7
 """The scale of least squares makes a block smaller than the weights by the share of their energy that is lost, all in
 one direction, which layers pass on where errors of either sign would cancel. This share of it is undone."""
+_MOST_LOST = 0.3
 _TOO_LARGE = 1e30
 _FLAT = 1.5
 """Square of the largest weight over the mean square, below which a sub-block has nearly one magnitude."""
@@ -317,7 +318,7 @@ def _encode(
         for u in range(len(shifted)):
             kept[0][u], kept[1][u], kept[2][u] = point[shifted[u], u], shifted[u], flipped[u]
         kept[3][:] = number
-        lost = max(np.float32(1.0) - best / whole, np.float32(0.0))
+        lost = min(max(np.float32(1.0) - best / whole, np.float32(0.0)), np.float32(_MOST_LOST))
         best_scale *= np.float32(1.0) + np.float32(_UNSHRINK) * lost / (np.float32(1.0) - lost)
     return _half(best_scale / unit)
 
