@@ -5,7 +5,7 @@ ENVIRONMENT  := $(BIN)/python tests/engines/environments.py
 ENGINE_MODEL ?= demo
 BENCH        ?=
 
-.PHONY: test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-gateway
+.PHONY: test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-gateway bench-gguf test-llamacpp
 
 test-engines: test-transformers test-gptqmodel test-vllm  ## Every checkpoint format in every engine
 
@@ -26,6 +26,13 @@ bench-quantize: $(VENV)/.installed-dev  ## Time and memory of quantization besid
 
 bench-gateway: $(VENV)/.installed-dev  ## What the gateway costs
 	$(BIN)/python benchmarks/gateway.py $(BENCH)
+
+test-llamacpp: $(VENV)/.installed-dev  ## The types of GGUF mixes against those that llama.cpp chooses
+	$(ENVIRONMENT) llamacpp
+	$(BIN)/python tests/engines/mixes_check.py
+
+bench-gguf: $(VENV)/.installed-dev  ## GGUF files beside llama.cpp's own: accuracy, time, memory
+	$(BIN)/python benchmarks/gguf_files.py $(BENCH)
 
 $(ENGINES)/.made: $(VENV)/.installed-dev $(shell find src -name '*.py') $(wildcard tests/engines/*.py)
 	rm -rf $(ENGINES)
