@@ -111,8 +111,8 @@ def types(options: argparse.Namespace, peer: Path) -> list[dict[str, Any]]:
     command = [sys.executable, PEERS / "ggml_types.py", library, imatrix, "--rows", options.rows]
     command += ["--types", *options.types] if options.types else []
     print("\nsquared error, lowbit over llama.cpp (below 1 is better), and ns per weight on one thread")
-    print(f"{'':8} | {'Gaussian rows':^43} | {'embedded model':^43}")
-    half = f"{'plain':>6} {'weighted':>8}  {'ns: lowbit':>12} {'llama.cpp':>13}"
+    print(f"{'':8} | {'Gaussian rows':^49} | {'embedded model':^49}")
+    half = f"{'plain':>6} {'ones':>5} {'weighted':>8}  {'ns: lowbit':>12} {'llama.cpp':>13}"
     print(f"{'type':8} | {half} | {half}")
     rows = []
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
@@ -129,7 +129,9 @@ def types(options: argparse.Namespace, peer: Path) -> list[dict[str, Any]]:
 def _half(found: dict[str, Any]) -> str:
     plain, weighted = found["plain"], found["weighted"]
     times = [f"{plain[name]['ns']:.0f}/{weighted[name]['ns']:.0f}" for name in ("lowbit", "llama.cpp")]
-    return f"{plain['ratio']:6.3f} {weighted['ratio']:8.3f}  {times[0]:>12} {times[1]:>13}"
+    return (
+        f"{plain['ratio']:6.3f} {found['ones']['ratio']:5.3f} {weighted['ratio']:8.3f}  {times[0]:>12} {times[1]:>13}"
+    )
 
 
 def model(options: argparse.Namespace, peer: Path) -> dict[str, Any]:

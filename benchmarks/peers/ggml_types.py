@@ -4,8 +4,8 @@
 
 Run by the project's interpreter; only ggml's library comes from the peer's environment. One thread each; the processor
 seconds of the fastest of three runs. Rows are Gaussian, or all matrices of the embedded model with the importance that
-its own text gives. Without importance llama.cpp weighs by its own rules; it is then also given ones, where that is
-better for it. Errors are sums of importance times squared error, decoded by the `gguf` package.
+its own text gives. Without importance llama.cpp weighs by its own rules, and some types do without only if given ones;
+`ones` compares with that for all. Errors are sums of importance times squared error, decoded by the `gguf` package.
 """
 
 from __future__ import annotations
@@ -103,15 +103,16 @@ def compare(peer: Peer, kind: GgmlType, matrices: list[Matrix]) -> dict[str, Any
     peer.quantize(warm, kind, np.ones(warm.shape[1], np.float32))
     ones = [np.ones(weight.shape[1], np.float32) for weight, _ in matrices]
     own = run(lambda w, i: quantize_rows(w, kind), kind, matrices, ones)
-    theirs = [run(lambda w, i: peer.quantize(w, kind, np.ones_like(i)), kind, matrices, ones)]
+    with_ones = run(lambda w, i: peer.quantize(w, kind, np.ones_like(i)), kind, matrices, ones)
+    plain = with_ones
     if not peer.requires_importance(kind):
-        theirs.append(run(lambda w, i: peer.quantize(w, kind, None), kind, matrices, ones))
+        plain = run(lambda w, i: peer.quantize(w, kind, None), kind, matrices, ones)
     given = [importance for _, importance in matrices]
     weighted = run(lambda w, i: quantize_rows(w, kind, i), kind, matrices, given)
     theirs_weighted = run(lambda w, i: peer.quantize(w, kind, i), kind, matrices, given)
-    best = min(theirs, key=lambda found: found["error"])
     return {
-        "plain": {"lowbit": own, "llama.cpp": best, "ratio": own["error"] / best["error"]},
+        "plain": {"lowbit": own, "llama.cpp": plain, "ratio": own["error"] / plain["error"]},
+        "ones": {"lowbit": own, "llama.cpp": with_ones, "ratio": own["error"] / with_ones["error"]},
         "weighted": {
             "lowbit": weighted,
             "llama.cpp": theirs_weighted,
