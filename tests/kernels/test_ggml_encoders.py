@@ -12,7 +12,7 @@ import torch
 from lowbit.errors import NumericsError, UsageError
 from lowbit.formats.ggml import GGML_TYPES, BlockTensor, GgmlType, decode
 from lowbit.formats.ggml.codebooks import fp4_values, iq4_values
-from lowbit.kernels.ggml import quantize_rows
+from lowbit.kernels.ggml import prepare_importance, quantize_rows
 from lowbit.kernels.ggml.encoders import ENCODERS
 
 ELSEWHERE = {"F32", "F16", "BF16", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"}
@@ -172,8 +172,9 @@ def half_scales(block: np.ndarray, far: float, near: float) -> np.ndarray:
 )
 def test_near_the_optimum_of_a_brute_force(name: str, levels: np.ndarray, slack: float) -> None:
     kind = GGML_TYPES[name]
-    weight, importance = matrix(2)
-    ours = objective(weight, encoded(weight, kind, importance), importance).sum()
+    weight, measured = matrix(2)
+    importance = prepare_importance(measured, len(measured))
+    ours = objective(weight, encoded(weight, kind, measured), importance).sum()
     best = 0.0
     for row in weight.astype(np.float64):
         for block, share in zip(row.reshape(-1, kind.block_size), importance.reshape(-1, kind.block_size), strict=True):
@@ -185,8 +186,9 @@ def test_near_the_optimum_of_a_brute_force(name: str, levels: np.ndarray, slack:
 
 @pytest.mark.parametrize(("name", "size", "slack"), [("MXFP4", 32, 1 + 1e-6), ("NVFP4", 16, 1.01)])
 def test_four_bit_floats_find_the_best_scale(name: str, size: int, slack: float) -> None:
-    weight, importance = matrix(3)
-    ours = objective(weight, encoded(weight, GGML_TYPES[name], importance), importance).sum()
+    weight, measured = matrix(3)
+    importance = prepare_importance(measured, len(measured))
+    ours = objective(weight, encoded(weight, GGML_TYPES[name], measured), importance).sum()
     if name == "MXFP4":
         scales = 2.0 ** np.arange(-20, 8)
     else:

@@ -17,6 +17,11 @@ __all__ = ["prepare_importance", "quantize_rows"]
 _PART = 1 << 17
 """Weights that an encoder gets at a time: few enough to stay in the cache between its passes."""
 
+_TEMPER = 0.75
+"""Power of the importance that is searched with. It is measured on some text and knows nothing of how inputs vary
+together: taken at its word, it spends on a few columns what others need. The weighted error rises by about 1 %, the
+divergence of the embedded model's 2- and 3-bit files falls by 2 to 10 %."""
+
 _FLOOR = np.float32(1e-9)
 """The least importance, in units of the mean: columns without importance are still encoded sensibly."""
 
@@ -26,8 +31,8 @@ def quantize_rows(
 ) -> npt.NDArray[np.uint8]:
     """uint8 ``[rows, kind.row_bytes(columns)]``: ``weight`` float32 ``[rows, columns]`` in the blocks of ``kind``.
 
-    Minimises the squared error of each row, that of column ``j`` times ``importance[j]`` (float32 ``[columns]``, not
-    negative; 1 without it), with the scales as they are stored. Rows are independent of each other and spread over
+    Minimises the squared error of each row, that of column ``j`` times its share of ``importance`` (float32
+    ``[columns]``, not negative; see :func:`prepare_importance`), with the scales as they are stored. Rows are independent of each other and spread over
     torch's threads; the result does not depend on their number.
 
     Raises :class:`UsageError` for a shape that ``kind`` cannot hold or importance of another length, and
@@ -63,12 +68,13 @@ def quantize_rows(
 
 
 def prepare_importance(importance: npt.NDArray[np.float32], columns: int) -> npt.NDArray[np.float32]:
-    """float32 ``[columns]``: ``importance`` with mean 1 and no zeros; all 1 where it is zero everywhere."""
+    """float32 ``[columns]``: ``importance``, tempered, with mean 1 and no zeros; all 1 where it is zero everywhere."""
     values = np.asarray(importance, dtype=np.float64)
     if values.shape != (columns,):
         raise UsageError(f"importance of shape {values.shape} does not belong to rows of {columns} weights")
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise NumericsError("importance must be finite and not negative: compute the importance matrix again")
+    values = (values / (values.max(initial=0.0) or 1.0)) ** _TEMPER
     mean = values.mean() if columns else 0.0
     scaled = (values / mean).astype(np.float32) if mean > 0 else np.ones(columns, dtype=np.float32)
     return np.maximum(scaled, _FLOOR)

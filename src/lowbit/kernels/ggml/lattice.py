@@ -11,8 +11,8 @@ points of the run's cell are tried; in the exact form also all others that the b
 out. Each sub-block is coded at scales around its best; block scales are then compared by the sums found, the best
 one's codes are made exactly, and the block scale is refitted by least squares, then enlarged a little.
 
-Both the enlargement and the tempered importance cost some of the plain objective (which stays below llama.cpp's) for
-the sake of the model: KL divergence of the embedded model's 1- to 3-bit files falls by up to a quarter.
+The enlargement costs some of the objective (which stays below llama.cpp's) for the sake of the model, whose divergence
+falls where 3 bits or less are left.
 
 Where 8 signs are stored in 7 bits their product must be plus: a run that has it otherwise flips the sign that costs
 least, which is part of the search for its point.
@@ -40,9 +40,6 @@ _WIDER = 6
 _TRIALS = 8
 _LEAST_SHARE, _MOST_SHARE = 0.8, 1.1
 """Block scales tried: the largest scale number then stands for these shares of the largest sub-block scale."""
-_TEMPER = np.float32(0.75)
-"""Power of the importance that is searched with. It is measured on some text, and knows nothing of how inputs vary
-together: taken at its word, it spends on a few columns what others need."""
 _UNSHRINK = 0.7
 """The scale of least squares makes a block smaller than the weights by the share of their energy that is lost, all in
 one direction, which layers pass on where errors of either sign would cancel. This share of it is undone."""
@@ -135,7 +132,7 @@ def search(
     even, signed = layout.signs == "even", layout.signs != "point"
     _search(
         weight,
-        np.ones(columns, np.float32) if importance is None else importance**_TEMPER,
+        np.ones(columns, np.float32) if importance is None else importance,
         (thresholds, table.halves, table.points, table.order, table.start, table.neighbours),
         (layout.unit, layout.guess, layout.ratio),
         (table.width, layout.sub, layout.steps, signed, even, layout.shifts, layout.shared, layout.exact),
