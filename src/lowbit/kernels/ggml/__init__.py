@@ -32,8 +32,8 @@ def quantize_rows(
     """uint8 ``[rows, kind.row_bytes(columns)]``: ``weight`` float32 ``[rows, columns]`` in the blocks of ``kind``.
 
     Minimises the squared error of each row, that of column ``j`` times its share of ``importance`` (float32
-    ``[columns]``, not negative; see :func:`prepare_importance`), with the scales as they are stored. Rows are independent of each other and spread over
-    torch's threads; the result does not depend on their number.
+    ``[columns]``, not negative; see :func:`prepare_importance`), with the scales as they are stored. Rows are
+    independent of each other and spread over torch's threads; the result does not depend on their number.
 
     Raises :class:`UsageError` for a shape that ``kind`` cannot hold or importance of another length, and
     :class:`NumericsError` naming the row for weights that are not finite or too large for the scales of ``kind``, and
