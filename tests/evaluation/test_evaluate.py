@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowbit.errors import CheckpointError, UsageError
@@ -102,10 +103,12 @@ def test_a_tokenizer_that_leads_with_bos_leads_every_window(
 ) -> None:
     path = new_checkpoint(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.add_bos_token = True
-    if tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
-        pytest.skip("this tokenizer cannot be made to lead with BOS")
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
     tokenizer.save_pretrained(path)
+    assert AutoTokenizer.from_pretrained(path)("a")["input_ids"][0] == tokenizer.bos_token_id
     result = evaluate(path, text=calibration_file, seq_len=40, max_tokens=391)
     ids = tokenizer(calibration_file.read_text())["input_ids"][:391]
     windows = torch.tensor(ids[1:]).reshape(10, 39)

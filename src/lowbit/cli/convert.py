@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lowbit.cli.options import FORMATS, SOURCE_HELP, add_trust_arguments, split_size
+from lowbit.cli.options import FORMATS, SOURCE_HELP, add_report_arguments, add_trust_arguments, split_size
 from lowbit.cli.output import print_fields, write_json
 from lowbit.cli.progress import create_progress
 
@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--overwrite", action="store_true", help="replace OUT and forget an interrupted conversion")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     add_trust_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_report_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

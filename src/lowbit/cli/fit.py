@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lowbit.cli.options import SOURCE_HELP, parse_bytes, positive
+from lowbit.cli.options import SOURCE_HELP, add_calibration_arguments, add_report_arguments, positive, size_of
 from lowbit.cli.output import plain, print_fields, write_json
 from lowbit.cli.progress import create_progress
 from lowbit.cli.quantize import summary
@@ -22,10 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("out", metavar="OUT", help="directory, or file that ends in .gguf; it appears when complete")
     budget = parser.add_argument_group("budget (one of them)")
-    budget.add_argument("--size", type=parse_bytes, metavar="SIZE", help="of the weight files, e.g. 3.9GiB")
+    budget.add_argument("--size", type=size_of("--size"), metavar="SIZE", help="of the weight files, e.g. 3.9GiB")
     budget.add_argument("--bits-per-weight", type=float, metavar="N", help="in the linears, fractions allowed: 4.25")
     budget.add_argument(
-        "--memory", type=parse_bytes, metavar="SIZE", help="of the device that serves it, cache and engine included"
+        "--memory",
+        type=size_of("--memory"),
+        metavar="SIZE",
+        help="of the device that serves it, all included",
     )
     budget.add_argument("--context", type=positive, metavar="N", help="tokens of each request, with --memory")
     budget.add_argument("--concurrency", type=positive, default=1, metavar="N", help="requests at a time (default: 1)")
@@ -43,18 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--measurements", metavar="FILE", help="read if it is there, else written: for the next budget")
     what.add_argument("--report", metavar="DIR", help="write the pictures there")
     data = parser.add_argument_group("calibration")
-    data.add_argument("--calibration", metavar="FILE|NAME|self", help="as for lowbit quantize")
-    data.add_argument("--samples", type=positive, default=128, metavar="N", help="sequences (default: 128)")
-    data.add_argument("--seq-len", type=positive, default=2048, metavar="N", help="tokens in each (default: 2048)")
-    data.add_argument("--seed", type=int, default=42, metavar="N", help="of the choice of text (default: 42)")
+    add_calibration_arguments(data)
     running = parser.add_argument_group("running")
     running.add_argument(
-        "--work-memory", metavar="SIZE", type=parse_bytes, help="memory to stay within while quantizing"
+        "--work-memory", metavar="SIZE", type=size_of("--work-memory"), help="memory to stay within while quantizing"
     )
     running.add_argument("--overwrite", action="store_true", help="replace OUT")
     running.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-    running.add_argument("--json", action="store_true", help="print the result as JSON")
-    running.add_argument("--quiet", action="store_true", help="no progress")
+    add_report_arguments(running)
 
 
 def run(arguments: argparse.Namespace) -> int:

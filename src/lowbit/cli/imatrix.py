@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from lowbit.cli.options import SOURCE_HELP, add_calibration_arguments, add_compute_arguments, add_trust_arguments
+from lowbit.cli.options import (
+    SOURCE_HELP,
+    add_calibration_arguments,
+    add_compute_arguments,
+    add_report_arguments,
+    add_trust_arguments,
+)
 from lowbit.cli.output import human_seconds, print_fields, write_json
 from lowbit.cli.progress import create_progress
 
@@ -26,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     add_trust_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_report_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -112,6 +112,12 @@ def add_compute_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGr
     )
 
 
+def add_report_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """``--json`` and ``--quiet``."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
 def add_trust_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """``--allow-pickle`` and ``--trust-remote-code``."""
     parser.add_argument(

@@ -11,6 +11,7 @@ from lowbit.cli.options import (
     SOURCE_HELP,
     add_calibration_arguments,
     add_compute_arguments,
+    add_report_arguments,
     add_trust_arguments,
     split_size,
 )
@@ -96,8 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--overwrite", action="store_true", help="replace OUT and forget an interrupted run")
     running.add_argument("--revision", help="branch, tag or commit of a hub id")
     add_trust_arguments(running)
-    running.add_argument("--json", action="store_true", help="print the result as JSON")
-    running.add_argument("--quiet", action="store_true", help="no progress")
+    add_report_arguments(running)
 
 
 def run(arguments: argparse.Namespace) -> int:

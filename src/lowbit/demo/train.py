@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def build_optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.O
     ]
 
 
-def main() -> None:
-    """Train, evaluate and save the model with its tokenizer and training record."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--stdlib", type=Path, help="standard library to read (default: the running Python's)")
@@ -118,21 +119,13 @@ def main() -> None:
         "--compile", action="store_true", help="compile the training step (needs a C++ compiler on CPU)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    autocast = device == "cuda"
+    return parser.parse_args()
 
-    train_texts = [text for _, text in sources(args.stdlib, held_out=False)]
+
+def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
+    """Random weights of the shape asked for, or those of ``--init``."""
     if args.init is not None:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
-    else:
-        tokenizer = train_tokenizer(train_texts, args.vocab)
-    stream = torch.from_numpy(encode(tokenizer, train_texts))
-    held_out = torch.from_numpy(encode(tokenizer, [text for _, text in sources(args.stdlib, held_out=True)]))
-    print(f"{len(stream):,} training tokens, {len(held_out):,} held out, {device}", flush=True)
-
+        return LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     config = LlamaConfig(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
@@ -148,16 +141,26 @@ def main() -> None:
         eos_token_id=1,
         pad_token_id=2,
     )
-    model, curve, before = LlamaForCausalLM(config).to(device), [], 0
-    if args.init is not None:
-        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).to(device)
-        record = json.loads((args.init / "training.json").read_text())
-        curve, before = record["curve"], record["tokens_seen"]
+    return LlamaForCausalLM(config)
+
+
+def train(
+    model: LlamaForCausalLM,
+    stream: torch.Tensor,
+    args: argparse.Namespace,
+    device: str,
+    on_point: Callable[[int, float, float], None],
+) -> int:
+    """Train with a rate that falls to nothing over ``--steps`` or ``--minutes``; returns the tokens seen.
+
+    ``on_point`` is called ``--evaluations`` times and at the end, with tokens seen, mean training loss and seconds.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
     forward = torch.compile(model) if args.compile else model
     optimizers = build_optimizers(model, args.lr)
-
     started, loss_sum, loss_count, step = time.time(), 0.0, 0, 0
     warmup, every = 50, max(1, args.steps // args.evaluations)
+    tokens_per_step: int = args.batch * args.length
     progress = 0.0
     while progress < 1.0:
         progress = max(step / args.steps, (time.time() - started) / (60 * args.minutes))
@@ -165,7 +168,7 @@ def main() -> None:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         ids = batch(stream, args.batch, args.length, generator).to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = forward(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
@@ -177,23 +180,50 @@ def main() -> None:
         if step % 10 == 0:
             loss_sum, loss_count = loss_sum + loss.item(), loss_count + 1
         if step % every == 0 or progress >= 1.0:
-            point = {
-                "tokens": before + step * args.batch * args.length,
-                "train_loss": loss_sum / max(1, loss_count),
-                "held_out_perplexity": perplexity(model, held_out, args.length, device, autocast),
-                "seconds": time.time() - started,
-            }
+            on_point(step * tokens_per_step, loss_sum / max(1, loss_count), time.time() - started)
             loss_sum, loss_count = 0.0, 0
-            curve.append(point)
-            print(json.dumps(point), flush=True)
-            save(args.out, model, tokenizer, {"tokens_seen": before + step * args.batch * args.length, "curve": curve})
+    return step * tokens_per_step
 
+
+def main() -> None:
+    """Train, evaluate and save the model with its tokenizer and training record."""
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train_texts = [text for _, text in sources(args.stdlib, held_out=False)]
+    if args.init is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+    else:
+        tokenizer = train_tokenizer(train_texts, args.vocab)
+    stream = torch.from_numpy(encode(tokenizer, train_texts))
+    held_out = torch.from_numpy(encode(tokenizer, [text for _, text in sources(args.stdlib, held_out=True)]))
+    print(f"{len(stream):,} training tokens, {len(held_out):,} held out, {device}", flush=True)
+    model, curve, before = build_model(args).to(device), [], 0
+    if args.init is not None:
+        record = json.loads((args.init / "training.json").read_text())
+        curve, before = record["curve"], record["tokens_seen"]
+
+    def on_point(tokens: int, loss: float, seconds: float) -> None:
+        held_out_perplexity = perplexity(model, held_out, args.length, device, device == "cuda")
+        curve.append(
+            {
+                "tokens": before + tokens,
+                "train_loss": loss,
+                "held_out_perplexity": held_out_perplexity,
+                "seconds": seconds,
+            }
+        )
+        print(json.dumps(curve[-1]), flush=True)
+        save(args.out, model, tokenizer, {"tokens_seen": before + tokens, "curve": curve})
+
+    started = time.time()
+    tokens_seen = before + train(model, stream, args, device, on_point)
     model = model.to(torch.bfloat16).to(torch.float32)
     final = perplexity(model, held_out, args.length, device, False)
     record = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": len(stream),
-        "tokens_seen": before + step * args.batch * args.length,
+        "tokens_seen": tokens_seen,
         "held_out_modules": list(HELD_OUT),
         "held_out_tokens": len(held_out),
         "held_out_perplexity_bf16_weights": final,

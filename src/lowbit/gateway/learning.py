@@ -37,106 +37,85 @@ _LOAD_COOLDOWN = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """A request went to the tier; it ends with exactly one :class:`Ended`."""
+class _TierEvent:
+    """Something that happened to a tier at a time."""
 
     tier: str
     now: float
 
 
 @dataclass(frozen=True, slots=True)
-class FirstToken:
+class Started(_TierEvent):
+    """A request went to the tier; it ends with exactly one :class:`Ended`."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken(_TierEvent):
     """The first token of an answer came ``seconds`` after the request arrived here."""
 
-    tier: str
-    now: float
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(_TierEvent):
     """An answer is complete; ``itl`` is its mean time between tokens, None for fewer than two."""
 
-    tier: str
-    now: float
     itl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(_TierEvent):
     """The engine failed a request that it had been given in its ``incarnation``."""
 
-    tier: str
-    now: float
     incarnation: int
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(_TierEvent):
     """A place came free."""
 
-    tier: str
-    now: float
-
 
 @dataclass(frozen=True, slots=True)
-class LoadStarted:
+class LoadStarted(_TierEvent):
     """An engine is being started; its memory counts from now on."""
 
-    tier: str
-    now: float
-
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(_TierEvent):
     """The engine is up and has answered its warm-up."""
 
-    tier: str
-    now: float
-
 
 @dataclass(frozen=True, slots=True)
-class LoadFailed:
+class LoadFailed(_TierEvent):
     """It did not come up, and no process is left."""
 
-    tier: str
-    now: float
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Draining:
+class Draining(_TierEvent):
     """It gets no more requests and ends when those it has are answered; what it frees is kept for ``room_for``."""
 
-    tier: str
-    now: float
     room_for: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Unloaded:
+class Unloaded(_TierEvent):
     """Its process is gone."""
-
-    tier: str
-    now: float
 
 
 @dataclass(frozen=True, slots=True)
-class Crashed:
+class Crashed(_TierEvent):
     """Its process ended by itself, or was ended because it hung, and is being started again."""
 
-    tier: str
-    now: float
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(_TierEvent):
     """Bytes that the engine's processes really hold."""
 
-    tier: str
-    now: float
     memory: int
 
 

@@ -44,7 +44,7 @@ _DEGREES = (2, 4, 8, 16)
 
 
 def estimate(
-    model: str | Path,
+    model: str | Path | HeaderModel,
     *,
     schemes: Sequence[str] = (),
     format: str = "compressed-tensors",
@@ -60,7 +60,7 @@ def estimate(
     revision: str | None = None,
     hardware: Hardware | None = None,
 ) -> Estimate:
-    """What ``model`` (directory, GGUF file, hub id or ``demo``) needs at each of ``schemes``.
+    """What ``model`` (directory, GGUF file, hub id, ``demo``, or headers that are open) needs at each of ``schemes``.
 
     ``context`` tokens (default: 8192, or the model's maximum if that is less) for each of ``concurrency`` requests, on
     ``gpus`` of ``gpu_memory`` bytes (default: what this machine has; 0 GPUs mean its own memory), tensor-parallel over
@@ -68,40 +68,7 @@ def estimate(
     :class:`UsageError` for arguments that cannot be, and what opening the model raises.
     """
     _check(engine, concurrency, gpus, gpu_memory, context, batch_tokens)
-    opened = open_header_model(model, revision=revision, like=like)
-    return estimate_model(
-        opened,
-        schemes=schemes,
-        format=format,
-        context=context,
-        concurrency=concurrency,
-        kv_dtype=kv_dtype,
-        engine=engine,
-        gpus=gpus,
-        gpu_memory=gpu_memory,
-        tensor_parallel=tensor_parallel,
-        batch_tokens=batch_tokens,
-        hardware=hardware,
-    )
-
-
-def estimate_model(
-    opened: HeaderModel,
-    *,
-    schemes: Sequence[str] = (),
-    format: str = "compressed-tensors",
-    context: int | None = None,
-    concurrency: int = 1,
-    kv_dtype: str = "auto",
-    engine: str = VLLM,
-    gpus: int | None = None,
-    gpu_memory: int | None = None,
-    tensor_parallel: int | None = None,
-    batch_tokens: int | None = None,
-    hardware: Hardware | None = None,
-) -> Estimate:
-    """:func:`estimate` of a model that is open already."""
-    _check(engine, concurrency, gpus, gpu_memory, context, batch_tokens)
+    opened = model if isinstance(model, HeaderModel) else open_header_model(model, revision=revision, like=like)
     hardware = hardware or probe()
     devices = _devices(hardware, gpus, gpu_memory)
     degree = tensor_parallel or (devices.count if engine == VLLM and devices.gpu else 1)

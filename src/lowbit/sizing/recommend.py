@@ -12,7 +12,7 @@ from lowbit.planning import Hardware, probe
 from lowbit.planning.choice import LIMITS, Candidate, Choice, Measured, Quality, choose, told_loss
 from lowbit.planning.kv_dtypes import LLAMA_CPP, VLLM, parse_kv_dtype
 from lowbit.planning.thumb import select_bits
-from lowbit.sizing.estimate import estimate_model
+from lowbit.sizing.estimate import estimate
 from lowbit.sizing.estimate_results import Estimate, PrecisionEstimate
 from lowbit.sizing.headers import open_header_model
 from lowbit.sizing.measurements import best, find_measurements
@@ -93,7 +93,7 @@ def recommend(
     certificates = find_measurements(model, measured)
     caches = _CACHES[chosen_engine] if kv_dtype == "auto" else (kv_dtype,)
     results = {
-        cache: estimate_model(
+        cache: estimate(
             opened,
             schemes=_schemes(chosen_engine, opened.stored),
             context=context,

@@ -19,7 +19,6 @@ from lowbit.codecs.gguf.vocabulary import read_vocabulary, tokenizer_from_gguf, 
 from lowbit.errors import CheckpointError, LowbitError, UnsupportedError
 
 DEMO = Path(__file__).parents[4] / "src" / "lowbit" / "demo" / "model"
-STORIES = Path(__file__).parents[5] / "shared" / "models" / "stories260K"
 
 
 def plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,10 +32,15 @@ def demo() -> dict[str, Any]:
     return plain(read_vocabulary(DEMO, 2048, json.loads((DEMO / "config.json").read_text())).metadata)
 
 
-@pytest.mark.parametrize("directory", [DEMO, STORIES], ids=["byte-level", "sentencepiece"])
-def test_there_and_back(directory: Path, tmp_path: Path) -> None:
-    if not directory.exists():
-        pytest.skip("the shared models are not here")
+def test_byte_level_there_and_back(tmp_path: Path) -> None:
+    _there_and_back(DEMO, tmp_path)
+
+
+def test_sentencepiece_there_and_back(shared: Path, tmp_path: Path) -> None:
+    _there_and_back(shared / "models" / "stories260K", tmp_path)
+
+
+def _there_and_back(directory: Path, tmp_path: Path) -> None:
     original: Any = AutoTokenizer.from_pretrained(directory)
     metadata = plain(read_vocabulary(directory, len(original) + 5, {}).metadata)
     files = write_tokenizer(metadata, tmp_path)

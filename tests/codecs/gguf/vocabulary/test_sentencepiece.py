@@ -17,7 +17,6 @@ from lowbit.codecs.gguf.sentencepiece_model import read_piece_model
 from lowbit.codecs.gguf.vocabulary import read_vocabulary
 from lowbit.errors import CheckpointError, UnsupportedError
 
-STORIES = Path(__file__).parents[5] / "shared" / "models" / "stories260K"
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 TO_SIGN = normalizers.Replace(" ", "▁")
 STYLES: dict[str, tuple[Any, Any, bool]] = {
@@ -118,10 +117,10 @@ def test_added_runs_of_spaces_are_found(
         assert ids == wanted, text
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="the shared models are not here")
-def test_a_real_model(llama_cpp_ids: Callable[..., list[list[int]]]) -> None:
-    original = AutoTokenizer.from_pretrained(STORIES)
-    vocabulary = read_vocabulary(STORIES, 512, {})
+def test_a_real_model(shared: Path, llama_cpp_ids: Callable[..., list[list[int]]]) -> None:
+    stories = shared / "models" / "stories260K"
+    original = AutoTokenizer.from_pretrained(stories)
+    vocabulary = read_vocabulary(stories, 512, {})
     assert vocabulary.notes == ()
     texts = [*HARD_TEXTS, *with_special_tokens(["<s>", "</s>"])]
     assert llama_cpp_ids(vocabulary.metadata, texts, special=True) == original(texts)["input_ids"]
