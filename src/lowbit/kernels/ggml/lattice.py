@@ -236,27 +236,9 @@ def _encode(
         while count > 0:
             # scales around the middle together; beyond, where the best is at the edge, one at a time
             code_sub_block(
-                sub,
-                count,
-                np.bool_(False),
-                shape,
-                x,
-                scales,
-                thresholds,
-                order,
-                start,
-                neighbours,
-                tables,
-                total,
-                odd,
-                gain,
-                out,
-                point,
-                shifted,
-                flipped,
-                sums,
-                at,
-            )
+                sub, count, np.bool_(False), shape, x, scales, thresholds, order, start, neighbours, tables, total,
+                odd, gain, out, point, shifted, flipped, sums, at,
+            )  # fmt: skip
             where = -1
             for k in range(count):
                 value, scale = _refitted(sums[sub, at + k, 0], sums[sub, at + k, 1])
@@ -283,27 +265,9 @@ def _encode(
         factor = np.float32(2 * number[sub] + 1)
         scales[0] = scale * factor
         code_sub_block(
-            sub,
-            np.int64(1),
-            shape[7],
-            shape,
-            x,
-            scales,
-            thresholds,
-            order,
-            start,
-            neighbours,
-            tables,
-            total,
-            odd,
-            gain,
-            out,
-            point,
-            shifted,
-            flipped,
-            sums,
-            counts[sub],
-        )
+            sub, np.int64(1), shape[7], shape, x, scales, thresholds, order, start, neighbours, tables, total, odd,
+            gain, out, point, shifted, flipped, sums, counts[sub],
+        )  # fmt: skip
         all_a += factor * factor * sums[sub, counts[sub], 0]
         all_b += factor * sums[sub, counts[sub], 1]
     best, best_scale = np.float32(0.0), np.float32(0.0)
