@@ -24,6 +24,7 @@ LAYERS = (
     "sizing",
     "engines",
     "gateway",
+    "ops",
     "cli",
 )
 """From the top: what stands on the left of another may be imported by it, and not the other way round."""

@@ -1,0 +1,1 @@
+"""What a team needs the day after: benchmark, watch, back up, deploy, grow past one machine."""
