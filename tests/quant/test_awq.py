@@ -11,6 +11,7 @@ from lowbit.errors import NumericsError, UsageError
 from lowbit.formats import PER_CHANNEL, PER_TENSOR, IntSpec
 from lowbit.formats.integer import quantize
 from lowbit.quant import METHODS, AwqOptions, InputStatistics, RtnOptions, round_to_nearest, search_scales
+from lowbit.quant.transforms import TRANSFORMS
 
 SPEC = IntSpec(4, 32)
 
@@ -79,9 +80,8 @@ def test_nothing_to_gain_gives_no_scales(problems: Any) -> None:
     spec = IntSpec(8, 1, False, torch.float32)
     found = search_scales([exact], problem.statistics, spec, AwqOptions())
     assert (found.scales == 1).all() or found.after < found.before
-    search = METHODS["awq"].search_scales
-    assert search is not None
-    assert search([torch.zeros(4, 64)], problem.statistics, SPEC, AwqOptions()) is None
+    search = TRANSFORMS["awq"].search
+    assert search([torch.zeros(4, 64)], problem.statistics, SPEC, None, AwqOptions()) is None
 
 
 def test_dead_inputs_and_zero_weights_stay_finite(problems: Any) -> None:

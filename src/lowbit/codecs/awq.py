@@ -25,14 +25,19 @@ from lowbit.codecs.codec import (
     group_reasons,
     half_dtype,
     integer,
-    refuse_unless_supported,
+    integer_spec,
+    integer_weight,
+    integers_only,
     required,
     stored,
+    weights_only,
 )
 from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.formats.activations import ActivationSpec
 from lowbit.formats.bits import pack_awq, unpack_awq
 from lowbit.formats.spec import PER_TENSOR, IntSpec
 from lowbit.formats.tensor import QuantizedTensor
+from lowbit.formats.weights import WeightSpec, WeightTensor
 
 __all__ = ["AwqCodec"]
 
@@ -50,8 +55,10 @@ class AwqCodec:
         """The model's own 16-bit dtype, so that engines round nothing; float16 for float32 models."""
         return half_dtype(model_dtype)
 
-    def supports(self, spec: IntSpec, shape: tuple[int, int]) -> list[str]:
+    def supports(self, spec: WeightSpec, shape: tuple[int, int]) -> list[str]:
         """Reasons against; see :meth:`Codec.supports`."""
+        if not isinstance(spec, IntSpec) or spec.has_float_zeros:
+            return integers_only(spec, "AWQ")
         rows, columns = shape
         reasons = bits_reasons(spec, (4,), "AWQ") + group_reasons(spec, columns)
         if spec.group_size == PER_TENSOR:
@@ -62,13 +69,17 @@ class AwqCodec:
             reasons.append(f"AWQ packs output features by 8, {rows} is no multiple: skip the module")
         return reasons
 
-    def local_names(self, spec: IntSpec) -> frozenset[str]:
+    def supports_inputs(self, spec: WeightSpec, inputs: ActivationSpec) -> list[str]:
+        """Reasons against; see :meth:`Codec.supports_inputs`."""
+        return weights_only(inputs, self.name)
+
+    def local_names(self, spec: WeightSpec) -> frozenset[str]:
         """Names of the tensors of a module."""
         return frozenset(("qweight", "qzeros", "scales"))
 
-    def encode(self, q: QuantizedTensor) -> dict[str, torch.Tensor]:
+    def encode(self, q: WeightTensor, input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Tensors of one module."""
-        refuse_unless_supported(self, q)
+        q = integer_weight(self, q)
         if q.group_index is not None:
             raise UnsupportedError("AWQ has no g_idx", ["columns must be grouped in order: convert to dense instead"])
         zeros = q.zero_points
@@ -80,17 +91,19 @@ class AwqCodec:
             "scales": q.scales.t().contiguous(),
         }
 
-    def decode(self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]) -> QuantizedTensor:
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]) -> QuantizedTensor:
         """Invert :meth:`encode`; a symmetric ``spec`` needs stored zero points of 8 or none."""
+        spec = integer_spec(spec, self.name)
         rows, columns = shape
         qweight = required(tensors, "qweight", (columns, rows // 8))
         scales = required(tensors, "scales", (spec.groups(columns), rows)).t().contiguous()
         return QuantizedTensor(spec, unpack_awq(qweight), scales, self.zero_points(tensors, spec, shape))
 
     def zero_points(
-        self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
+        self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]
     ) -> torch.Tensor | None:
         """Zero points, stored as they are."""
+        spec = integer_spec(spec, self.name)
         if "qzeros" not in tensors and spec.symmetric:
             return None
         rows, columns = shape
@@ -102,7 +115,12 @@ class AwqCodec:
         return None
 
     def config(
-        self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None
+        self,
+        plan: Mapping[str, WeightSpec],
+        left_dense: Sequence[str],
+        *,
+        inputs: Mapping[str, ActivationSpec] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """``quantization_config``; :class:`UnsupportedError` unless all modules share one group size.
 
@@ -111,7 +129,7 @@ class AwqCodec:
         """
         if not plan:
             return {}
-        sizes = sorted({spec.group_size for spec in plan.values()})
+        sizes = sorted({integer_spec(spec, self.name).group_size for spec in plan.values()})
         if len(sizes) > 1:
             raise UnsupportedError(
                 f"AWQ has one group size for the whole model, the plan has {', '.join(map(str, sizes))}",

@@ -9,9 +9,11 @@ import torch
 
 from lowbit.codecs.gguf.blocks import GgufCodec
 from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.formats.activations import ActivationSpec
 from lowbit.formats.ggml import BlockTensor, GgmlType
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.tensor import QuantizedTensor
+from lowbit.formats.weights import WeightSpec, WeightTensor
 
 __all__ = ["Codec", "StoredBlocks", "StoredGrid", "StoredModule", "TensorHeader"]
 
@@ -47,36 +49,49 @@ class Codec(Protocol):
         """The dtype that scales are best stored in for a model of ``model_dtype``."""
         ...
 
-    def supports(self, spec: IntSpec, shape: tuple[int, int]) -> list[str]:
+    def supports(self, spec: WeightSpec, shape: tuple[int, int]) -> list[str]:
         """Reasons why a ``shape`` (out, in) weight cannot be stored as ``spec``, each with the way out; or none."""
         ...
 
-    def local_names(self, spec: IntSpec) -> frozenset[str]:
-        """Names of the tensors that :meth:`encode` makes."""
+    def supports_inputs(self, spec: WeightSpec, inputs: ActivationSpec) -> list[str]:
+        """Reasons why weights of ``spec`` cannot be stored together with the format ``inputs`` of their inputs."""
         ...
 
-    def encode(self, q: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """Tensors of one module. Raises :class:`UnsupportedError` with the reasons if the format cannot hold ``q``."""
+    def local_names(self, spec: WeightSpec) -> frozenset[str]:
+        """Names of the tensors that :meth:`encode` makes of a weight, the scale of its inputs not counted."""
         ...
 
-    def decode(self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]) -> QuantizedTensor:
+    def encode(self, q: WeightTensor, input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Tensors of one module; ``input_scale`` float32 ``[1]`` is that of inputs that need a calibrated one.
+
+        Raises :class:`UnsupportedError` with the reasons if the format cannot hold ``q``.
+        """
+        ...
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]) -> WeightTensor:
         """Invert :meth:`encode`. Raises :class:`CheckpointError` for missing, misshapen or contradictory tensors."""
         ...
 
     def zero_points(
-        self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
+        self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]
     ) -> torch.Tensor | None:
-        """Zero points of a module (see :class:`QuantizedTensor`), without touching its codes; None when symmetric."""
+        """Zero points of a module (see :class:`QuantizedTensor`), without touching its codes; None when it has none."""
         ...
 
     def config(
-        self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None
+        self,
+        plan: Mapping[str, WeightSpec],
+        left_dense: Sequence[str],
+        *,
+        inputs: Mapping[str, ActivationSpec] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """``quantization_config`` for config.json; empty when nothing is quantized.
 
         ``plan`` and ``left_dense`` name modules as the checkpoint does: the quantized ones, and the linear layers
-        (language-model head and routers included) that stay dense. ``details`` says how the weights were made; formats
-        without a place for it leave it out. Raises :class:`UnsupportedError` for a mixture the format cannot express.
+        (language-model head and routers included) that stay dense; ``inputs`` those whose inputs are quantized too.
+        ``details`` says how the weights were made; formats without a place for it leave it out. Raises
+        :class:`UnsupportedError` for a mixture the format cannot express.
         """
         ...
 
@@ -89,19 +104,24 @@ class Codec(Protocol):
         ...
 
 
+INPUT_SCALES = ("input_scale", "input_global_scale")
+"""Local names of the calibrated scale of quantized inputs."""
+
+
 class StoredGrid(NamedTuple):
-    """How one module's weight is stored, on an integer grid."""
+    """How one module is stored: its weight, and the format of its inputs if an engine quantizes them."""
 
     codec: Codec
-    spec: IntSpec
+    spec: WeightSpec
     shape: tuple[int, int]
     """``(out_features, in_features)``"""
+    inputs: ActivationSpec | None = None
 
     def local_names(self) -> frozenset[str]:
         """Names of the tensors that make up the weight, those that may be absent not counted."""
         return self.codec.local_names(self.spec)
 
-    def decode(self, tensors: Mapping[str, torch.Tensor]) -> QuantizedTensor:
+    def decode(self, tensors: Mapping[str, torch.Tensor]) -> WeightTensor:
         """The weight; :class:`CheckpointError` for missing, misshapen or contradictory tensors."""
         return self.codec.decode(tensors, self.spec, self.shape)
 
@@ -145,7 +165,34 @@ def bits_reasons(spec: IntSpec, allowed: Sequence[int], what: str) -> list[str]:
     return [f"{what} stores {_either(allowed)} bits, not {spec.bits}: use {nearest} bits"]
 
 
-def refuse_unless_supported(codec: Codec, q: QuantizedTensor) -> None:
+def integers_only(spec: WeightSpec, what: str) -> list[str]:
+    """Reasons against a format whose weights are not integers with integer zero points."""
+    if isinstance(spec, IntSpec) and not spec.has_float_zeros:
+        return []
+    return [f"{what} stores integer weights, not {spec}: use e.g. int4-g128-sym, or another --format"]
+
+
+def integer_spec(spec: WeightSpec, what: str) -> IntSpec:
+    """``spec`` as one of integers; :class:`UnsupportedError` with the reasons otherwise."""
+    if not isinstance(spec, IntSpec) or spec.has_float_zeros:
+        raise UnsupportedError(f"{what} cannot hold {spec}", integers_only(spec, what))
+    return spec
+
+
+def integer_weight(codec: Codec, q: WeightTensor) -> QuantizedTensor:
+    """``q`` as integers that ``codec`` holds; :class:`UnsupportedError` with the reasons otherwise."""
+    refuse_unless_supported(codec, q)
+    if not isinstance(q, QuantizedTensor):
+        raise UnsupportedError(f"{codec.name} cannot hold {q.spec}", integers_only(q.spec, codec.name))
+    return q
+
+
+def weights_only(inputs: ActivationSpec, what: str) -> list[str]:
+    """The reason of a format that has no place for quantized inputs."""
+    return [f"{what} stores weights only, not inputs quantized as {inputs}: use --format compressed-tensors"]
+
+
+def refuse_unless_supported(codec: Codec, q: WeightTensor) -> None:
     """Raise :class:`UnsupportedError` if ``codec`` cannot hold ``q``."""
     if reasons := codec.supports(q.spec, q.shape):
         raise UnsupportedError(f"{codec.name} cannot hold a {q.shape[0]}x{q.shape[1]} weight as {q.spec}", reasons)

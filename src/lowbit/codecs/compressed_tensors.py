@@ -30,15 +30,20 @@ from lowbit.codecs.codec import (
     group_reasons,
     half_dtype,
     integer,
-    refuse_unless_supported,
+    integer_spec,
+    integer_weight,
+    integers_only,
     required,
     stored,
+    weights_only,
 )
 from lowbit.codecs.names import patterns
 from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.formats.activations import ActivationSpec
 from lowbit.formats.bits import dense_words, pack, sparse_words, unpack, unpack_sparse
 from lowbit.formats.spec import PER_CHANNEL, PER_TENSOR, IntSpec
 from lowbit.formats.tensor import QuantizedTensor
+from lowbit.formats.weights import WeightSpec, WeightTensor
 
 __all__ = ["CompressedTensorsCodec"]
 
@@ -62,8 +67,10 @@ class CompressedTensorsCodec:
         """The model's own 16-bit dtype, so that engines round nothing; float16 for float32 models."""
         return half_dtype(model_dtype)
 
-    def supports(self, spec: IntSpec, shape: tuple[int, int]) -> list[str]:
+    def supports(self, spec: WeightSpec, shape: tuple[int, int]) -> list[str]:
         """Reasons against; see :meth:`Codec.supports`."""
+        if not isinstance(spec, IntSpec) or spec.has_float_zeros:
+            return integers_only(spec, self.name)
         reasons = bits_reasons(spec, range(2, 9), self.name) + group_reasons(spec, shape[1])
         if self.storage != "packed":
             reasons.append("int-quantized is read, not written: write pack-quantized instead")
@@ -73,14 +80,19 @@ class CompressedTensorsCodec:
             reasons.append(f"scales are float16, bfloat16 or float32, not {spec.scale_dtype}")
         return reasons
 
-    def local_names(self, spec: IntSpec) -> frozenset[str]:
+    def supports_inputs(self, spec: WeightSpec, inputs: ActivationSpec) -> list[str]:
+        """Reasons against; see :meth:`Codec.supports_inputs`."""
+        return weights_only(inputs, self.name)
+
+    def local_names(self, spec: WeightSpec) -> frozenset[str]:
         """Names of the tensors of a module."""
+        spec = integer_spec(spec, self.name)
         names = ("weight",) if self.storage == "int8" else ("weight_packed", "weight_shape")
         return frozenset((*names, "weight_scale", *(() if spec.symmetric else ("weight_zero_point",))))
 
-    def encode(self, q: QuantizedTensor) -> dict[str, torch.Tensor]:
+    def encode(self, q: WeightTensor, input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Tensors of one module, densely packed."""
-        refuse_unless_supported(self, q)
+        q = integer_weight(self, q)
         if q.group_index is not None:
             raise UnsupportedError(
                 "a g_idx is not written to compressed-tensors, since vLLM refuses it", ["convert to dense instead"]
@@ -94,8 +106,9 @@ class CompressedTensorsCodec:
             tensors["weight_zero_point"] = pack(q.zero_points, q.spec.bits, dim=0)
         return tensors
 
-    def decode(self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]) -> QuantizedTensor:
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]) -> QuantizedTensor:
         """Invert :meth:`encode`; also reads the packing of versions before 0.17 and int8 weights."""
+        spec = integer_spec(spec, self.name)
         scale_shape = _scale_shape(spec, shape)
         if "weight_scale" not in tensors:
             raise CheckpointError("tensor weight_scale is missing: the checkpoint is incomplete, fetch it again")
@@ -124,9 +137,10 @@ class CompressedTensorsCodec:
         return unpack(required(tensors, "weight_packed", (rows, dense_words(columns, spec.bits))), spec.bits, columns)
 
     def zero_points(
-        self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
+        self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]
     ) -> torch.Tensor | None:
         """Zero points, packed along the outputs (densely or not, as their number of words says) or as int8."""
+        spec = integer_spec(spec, self.name)
         if spec.symmetric:
             return None
         expected = _scale_shape(spec, shape)
@@ -143,7 +157,12 @@ class CompressedTensorsCodec:
         )
 
     def config(
-        self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None
+        self,
+        plan: Mapping[str, WeightSpec],
+        left_dense: Sequence[str],
+        *,
+        inputs: Mapping[str, ActivationSpec] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """``quantization_config``; ``details`` has no place in it.
 
@@ -153,7 +172,8 @@ class CompressedTensorsCodec:
         if not plan:
             return {}
         by_scheme: dict[tuple[int, int, bool], list[str]] = {}
-        for name, spec in plan.items():
+        for name, stored_spec in plan.items():
+            spec = integer_spec(stored_spec, self.name)
             by_scheme.setdefault((spec.bits, spec.group_size, spec.symmetric), []).append(name)
         groups: dict[str, Any] = {}
         for index, (scheme, names) in enumerate(by_scheme.items()):

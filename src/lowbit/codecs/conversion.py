@@ -18,7 +18,7 @@ import torch
 from lowbit import __version__
 from lowbit.checkpoint import Checkpoint, Manifest, PartialCheckpoint, hash_file, read_manifest
 from lowbit.codecs import CODECS
-from lowbit.codecs.codec import Codec, StoredBlocks, StoredGrid, StoredModule
+from lowbit.codecs.codec import Codec, StoredBlocks, StoredGrid, StoredModule, integer_spec
 from lowbit.codecs.dense import DenseCodec
 from lowbit.codecs.fitting import fitting_spec, is_centred, regrid
 from lowbit.codecs.gguf.checkpoint import GgufCheckpoint
@@ -30,6 +30,7 @@ from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.formats.ggml import BlockTensor
 from lowbit.formats.ggml.grids import grid_spec, to_integer
 from lowbit.formats.spec import IntSpec
+from lowbit.formats.tensor import QuantizedTensor
 
 __all__ = ["DTYPES", "ConversionResult", "convert_checkpoint"]
 
@@ -170,6 +171,8 @@ class _Conversion:
             return {name: weight.dequantize(self.weight_dtype)}
         if isinstance(weight, BlockTensor):
             weight = to_integer(weight)
+        if not isinstance(weight, QuantizedTensor):
+            raise UnsupportedError(f"{module}: {weight.spec} is no integer grid", ["convert to dense instead"])
         encoded = self.codec.encode(regrid(weight, self.specs[module]))
         return {f"{module}.{local}": tensor for local, tensor in encoded.items()}
 
@@ -287,11 +290,11 @@ def _target_specs(
 
 def _grid(entry: StoredModule) -> IntSpec:
     """The integer grid of a stored weight; :class:`UnsupportedError` for blocks that are none."""
-    return grid_spec(entry.spec) if isinstance(entry, StoredBlocks) else entry.spec
+    return grid_spec(entry.spec) if isinstance(entry, StoredBlocks) else integer_spec(entry.spec, "an exact conversion")
 
 
 def _centred(checkpoint: Checkpoint, module: str, entry: StoredModule) -> bool:
-    if isinstance(entry, StoredBlocks) or entry.spec.symmetric:
+    if isinstance(entry, StoredBlocks) or not isinstance(entry.spec, IntSpec) or entry.spec.symmetric:
         return True
     tensors = _local(checkpoint, module, entry, _ZEROS)
     return is_centred(entry.spec, entry.codec.zero_points(tensors, entry.spec, entry.shape))

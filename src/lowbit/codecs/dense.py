@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from lowbit.codecs.codec import StoredGrid, TensorHeader
+from lowbit.codecs.codec import StoredGrid, TensorHeader, weights_only
 from lowbit.errors import UnsupportedError
-from lowbit.formats.spec import IntSpec
-from lowbit.formats.tensor import QuantizedTensor
+from lowbit.formats.activations import ActivationSpec
+from lowbit.formats.weights import WeightSpec, WeightTensor
 
 __all__ = ["DenseCodec"]
 
@@ -29,30 +29,39 @@ class DenseCodec:
         """The model's own dtype."""
         return model_dtype
 
-    def supports(self, spec: IntSpec, shape: tuple[int, int]) -> list[str]:
+    def supports(self, spec: WeightSpec, shape: tuple[int, int]) -> list[str]:
         """Anything can be written out as floats."""
         return []
 
-    def local_names(self, spec: IntSpec) -> frozenset[str]:
+    def supports_inputs(self, spec: WeightSpec, inputs: ActivationSpec) -> list[str]:
+        """Reasons against; see :meth:`Codec.supports_inputs`."""
+        return weights_only(inputs, self.name)
+
+    def local_names(self, spec: WeightSpec) -> frozenset[str]:
         """``weight`` alone."""
         return frozenset(("weight",))
 
-    def encode(self, q: QuantizedTensor) -> dict[str, torch.Tensor]:
+    def encode(self, q: WeightTensor, input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The weight, computed in float32 and rounded to the dtype of the scales."""
         return {"weight": q.dequantize(q.spec.scale_dtype)}
 
-    def decode(self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]) -> QuantizedTensor:
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]) -> WeightTensor:
         """Always raises: floats don't say which grid they came from."""
         raise UnsupportedError("a dense weight has no quantization grid to read", ["quantize it with lowbit quantize"])
 
     def zero_points(
-        self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
+        self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]
     ) -> torch.Tensor | None:
         """None: floats have none."""
         return None
 
     def config(
-        self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None
+        self,
+        plan: Mapping[str, WeightSpec],
+        left_dense: Sequence[str],
+        *,
+        inputs: Mapping[str, ActivationSpec] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Empty: a dense checkpoint has no ``quantization_config``."""
         return {}

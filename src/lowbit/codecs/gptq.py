@@ -29,15 +29,20 @@ from lowbit.codecs.codec import (
     group_reasons,
     half_dtype,
     integer,
-    refuse_unless_supported,
+    integer_spec,
+    integer_weight,
+    integers_only,
     required,
     stored,
+    weights_only,
 )
 from lowbit.codecs.names import common_spec, fused_names, in_numbered_block, patterns
 from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.formats.activations import ActivationSpec
 from lowbit.formats.bits import pack, unpack
 from lowbit.formats.spec import PER_TENSOR, IntSpec
 from lowbit.formats.tensor import QuantizedTensor
+from lowbit.formats.weights import WeightSpec, WeightTensor
 
 __all__ = ["GptqCodec"]
 
@@ -60,8 +65,10 @@ class GptqCodec:
         """The model's own 16-bit dtype, so that engines round nothing; float16 for float32 models."""
         return half_dtype(model_dtype)
 
-    def supports(self, spec: IntSpec, shape: tuple[int, int]) -> list[str]:
+    def supports(self, spec: WeightSpec, shape: tuple[int, int]) -> list[str]:
         """Reasons against; see :meth:`Codec.supports`."""
+        if not isinstance(spec, IntSpec) or spec.has_float_zeros:
+            return integers_only(spec, "GPTQ")
         rows, columns = shape
         reasons = bits_reasons(spec, _BITS, "GPTQ") + group_reasons(spec, columns)
         if spec.group_size == PER_TENSOR:
@@ -78,13 +85,17 @@ class GptqCodec:
                 reasons.append(f"GPTQ packs {side} features by 32, {count} is no multiple: skip the module")
         return reasons
 
-    def local_names(self, spec: IntSpec) -> frozenset[str]:
+    def supports_inputs(self, spec: WeightSpec, inputs: ActivationSpec) -> list[str]:
+        """Reasons against; see :meth:`Codec.supports_inputs`."""
+        return weights_only(inputs, self.name)
+
+    def local_names(self, spec: WeightSpec) -> frozenset[str]:
         """Names of the tensors of a module."""
         return frozenset(("qweight", "qzeros", "scales", "g_idx"))
 
-    def encode(self, q: QuantizedTensor) -> dict[str, torch.Tensor]:
+    def encode(self, q: WeightTensor, input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Tensors of one module. A ``group_index`` is kept in ``g_idx`` (then ``desc_act`` must be set)."""
-        refuse_unless_supported(self, q)
+        q = integer_weight(self, q)
         spec = q.spec
         zeros = q.zero_points if q.zero_points is not None else torch.full_like(q.scales, spec.midpoint).to(torch.uint8)
         if self.version == 1:
@@ -96,12 +107,13 @@ class GptqCodec:
             "g_idx": q.columns_to_groups().to(torch.int32),
         }
 
-    def decode(self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]) -> QuantizedTensor:
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]) -> QuantizedTensor:
         """Invert :meth:`encode`.
 
         Symmetric specs take the zero point as the midpoint, as engines do, whether it was stored minus one or not;
         any other stored value contradicts the spec. A ``g_idx`` in plain order is dropped.
         """
+        spec = integer_spec(spec, self.name)
         rows, columns = shape
         qweight = required(tensors, "qweight", (columns * spec.bits // 32, rows))
         scales = required(tensors, "scales", (spec.groups(columns), rows)).t().contiguous()
@@ -110,9 +122,10 @@ class GptqCodec:
         return QuantizedTensor(spec, codes, scales, zeros, _group_index(tensors, spec, columns))
 
     def zero_points(
-        self, tensors: Mapping[str, torch.Tensor], spec: IntSpec, shape: tuple[int, int]
+        self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]
     ) -> torch.Tensor | None:
         """Zero points, the minus one of version 1 undone; see :meth:`decode`."""
+        spec = integer_spec(spec, self.name)
         if "qzeros" not in tensors and spec.symmetric:
             return None
         rows, columns = shape
@@ -125,7 +138,12 @@ class GptqCodec:
         return None
 
     def config(
-        self, plan: Mapping[str, IntSpec], left_dense: Sequence[str], *, details: Mapping[str, Any] | None = None
+        self,
+        plan: Mapping[str, WeightSpec],
+        left_dense: Sequence[str],
+        *,
+        inputs: Mapping[str, ActivationSpec] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """``quantization_config``; other specs than the commonest and dense layers become ``dynamic`` rules.
 
@@ -133,22 +151,23 @@ class GptqCodec:
         name the merged layers (``qkv_proj``, ``gate_up_proj``, ``experts``), which vLLM 0.32 matches in place of their
         shards.
         """
-        if not plan:
+        specs = {name: integer_spec(spec, self.name) for name, spec in plan.items()}
+        if not specs:
             return {}
         meta = dict(details or {})
         desc_act = bool(meta.pop("desc_act", False))
-        base = common_spec(plan.values())
+        base = common_spec(specs.values())
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": base.bits,
             "group_size": base.group_size,
             "desc_act": desc_act,
             "sym": base.symmetric,
-            "lm_head": "lm_head" in plan,
+            "lm_head": "lm_head" in specs,
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
         }
-        if rules := _dynamic_rules(plan, left_dense, base):
+        if rules := _dynamic_rules(specs, left_dense, base):
             config["dynamic"] = rules
         config["meta"] = {"quantizer": [f"lowbit:{__version__}"], **meta}
         return config

@@ -15,7 +15,7 @@ from lowbit.codecs.gguf.checkpoint import GgufCheckpoint
 from lowbit.codecs.gptq import GptqCodec
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats.ggml import BlockTensor
-from lowbit.formats.tensor import QuantizedTensor
+from lowbit.formats.weights import WeightTensor
 
 __all__ = [
     "dense_names",
@@ -78,21 +78,21 @@ def stored_format(plan: Mapping[str, StoredModule]) -> str:
 
 def read_weight(
     checkpoint: Checkpoint, plan: Mapping[str, StoredModule], module: str
-) -> QuantizedTensor | BlockTensor | torch.Tensor:
+) -> WeightTensor | BlockTensor | torch.Tensor:
     """The weight of ``module``: as it was quantized, or the stored tensor ``module.weight`` if it is dense."""
     entry = plan.get(module)
     return checkpoint.read(f"{module}.weight") if entry is None else read_quantized(checkpoint, module, entry)
 
 
 @overload
-def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredGrid) -> QuantizedTensor: ...
+def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredGrid) -> WeightTensor: ...
 
 
 @overload
-def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredModule) -> QuantizedTensor | BlockTensor: ...
+def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredModule) -> WeightTensor | BlockTensor: ...
 
 
-def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredModule) -> QuantizedTensor | BlockTensor:
+def read_quantized(checkpoint: Checkpoint, module: str, entry: StoredModule) -> WeightTensor | BlockTensor:
     """The weight of a quantized ``module``; :class:`CheckpointError` naming file and module if it cannot be decoded."""
     tensors = {local: checkpoint.read(name) for local, name in local_tensors(checkpoint, module, entry).items()}
     try:

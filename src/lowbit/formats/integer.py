@@ -73,6 +73,8 @@ def grid(low: torch.Tensor, high: torch.Tensor, spec: IntSpec) -> tuple[torch.Te
     scales = round_scales(wanted, spec.scale_dtype)
     if spec.symmetric:
         return scales, None
+    if spec.has_float_zeros:
+        return scales, (-low / scales.float()).to(spec.zero_dtype)
     return scales, (-low / scales.float()).round().clamp(0, spec.levels - 1).to(torch.uint8)
 
 
@@ -176,8 +178,9 @@ def _codes(
         if group_index is not None:
             step = step[:, group_index.long()]
             zero = zero[:, group_index.long()] if isinstance(zero, torch.Tensor) else zero
-    codes = torch.div(values, step).round_().add_(zero).clamp_(0, spec.levels - 1)
-    return codes, step, zero
+    codes = torch.div(values, step)
+    codes = codes.add_(zero).round_() if spec.has_float_zeros else codes.round_().add_(zero)
+    return codes.clamp_(0, spec.levels - 1), step, zero
 
 
 def encode(

@@ -16,7 +16,7 @@ class QuantizedTensor:
 
     ``codes``        uint8 ``[out_features, in_features]``, each in ``[0, 2**bits)``
     ``scales``       ``spec.scale_dtype``, ``[out_features, groups]`` (per tensor: ``[1, 1]``)
-    ``zero_points``  uint8, shape of ``scales``, or None when symmetric (zero is then ``2**(bits-1)``)
+    ``zero_points``  ``spec.zero_dtype``, shape of ``scales``, or None when symmetric (zero is then ``2**(bits-1)``)
     ``group_index``  int32 ``[in_features]``, column to group, or None when column ``i`` is in group ``i // group_size``
 
     The weight is ``(codes - zero_point) * scale``.
@@ -71,7 +71,9 @@ class QuantizedTensor:
         if self.zero_points is not None:
             if self.zero_points.shape != self.scales.shape:
                 raise NumericsError(f"{name}: zero points have shape {tuple(self.zero_points.shape)}, needs {expected}")
-            if int(self.zero_points.max()) >= self.spec.levels:
+            if not bool(torch.isfinite(self.zero_points.float()).all()):
+                raise NumericsError(f"{name}: a zero point is not finite")
+            if not self.spec.has_float_zeros and int(self.zero_points.max()) >= self.spec.levels:
                 raise NumericsError(f"{name}: a zero point exceeds {self.spec.bits} bits")
         if int(self.codes.max()) >= self.spec.levels:
             raise NumericsError(f"{name}: a code exceeds {self.spec.bits} bits")

@@ -12,7 +12,7 @@ from torch import nn
 from lowbit.checkpoint import Checkpoint
 from lowbit.codecs import Codec, read_dense
 from lowbit.errors import NumericsError
-from lowbit.formats import QuantizedTensor
+from lowbit.formats import PER_TENSOR, QuantizedTensor, Scheme, WeightTensor
 from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.recipe import ModulePlan, Recipe, method_options
@@ -20,6 +20,7 @@ from lowbit.pipeline.stages import Group, Stage, StagedForward, discover_stages,
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
 from lowbit.quant import METHODS, InputStatistics, output_error, weight_error
 from lowbit.quant.methods import Options
+from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
 
 STARVED_SHARE = 0.005
 """An expert that saw less than this share of the calibration tokens is solved without statistics."""
@@ -82,7 +83,8 @@ class BlockQuantizer:
         self.progress = progress or Silent()
         self.reports: list[ModuleReport] = []
         self._statistics: dict[Group, InputStatistics] = {}
-        self._solved: dict[str, QuantizedTensor] = {}
+        self._solved: dict[str, WeightTensor] = {}
+        self._input_scales: dict[str, torch.Tensor] = {}
         self._overrides: dict[str, torch.Tensor] = {}
         self.linears = [n for n, m in self.block.named_modules() if isinstance(m, nn.Linear)]
 
@@ -137,7 +139,7 @@ class BlockQuantizer:
     def _solve_group(self, group: Group, statistics: InputStatistics | None) -> None:
         planned = [name for name in group if name in self.plans]
         tokens = 0 if statistics is None else statistics.tokens
-        needs = any(METHODS[self.plans[name].method].needs_statistics for name in planned)
+        needs = any(self.plans[name].needs_statistics for name in planned)
         starved = needs and tokens < max(1, STARVED_SHARE * self.calibration_tokens)
         usable = None if starved else statistics
         scales = self._scale(group, planned, usable) if usable is not None else None
@@ -157,13 +159,16 @@ class BlockQuantizer:
 
     def _scale(self, group: Group, planned: list[str], statistics: InputStatistics) -> torch.Tensor | None:
         """Search and fold an activation-aware scaling of the group's input; None where there is none."""
-        method = METHODS[self.plans[planned[0]].method]
-        target = fold_target(self.block, self.model.family, group[0])
-        if method.search_scales is None or target is None:
-            return None
         plan = self.plans[planned[0]]
-        weights = [self._linear(name).weight for name in planned]
-        found = method.search_scales(weights, statistics, plan.spec, options_of(self.recipe, plan))
+        name = plan.transform or METHODS[plan.method].transform or NO_TRANSFORM
+        target = fold_target(self.block, self.model.family, group[0])
+        if name == NO_TRANSFORM or target is None or not self._can_divide(target):
+            return None
+        transform = TRANSFORMS[name]
+        options = options_of(self.recipe, plan)
+        chosen = options if isinstance(options, transform.options) else transform.options()
+        weights = [self._linear(linear).weight for linear in planned]
+        found = transform.search(weights, statistics, plan.spec, plan.inputs, chosen)
         return None if found is None else self._fold(target, found)
 
     def _fold(self, target: str, scales: torch.Tensor) -> torch.Tensor:
@@ -180,9 +185,14 @@ class BlockQuantizer:
             self._overrides[f"{target}.bias"] = bias
         return effective
 
+    def _can_divide(self, target: str) -> bool:
+        """Whether the rows of a solved producer have scales of their own; others cannot be divided any more."""
+        q = self._solved.get(target)
+        return q is None or (isinstance(q, QuantizedTensor) and q.spec.group_size != PER_TENSOR)
+
     def _divide_rows(self, target: str, module: nn.Linear, scales: torch.Tensor) -> None:
-        if target in self._solved:
-            q = self._solved[target]
+        q = self._solved.get(target)
+        if isinstance(q, QuantizedTensor):
             divided = (q.scales.float() / scales[:, None].to(q.scales.device)).to(q.scales.dtype)
             self._solved[target] = replace(q, scales=divided)
         else:
@@ -209,7 +219,7 @@ class BlockQuantizer:
             raise NumericsError(f"{full}: the quantized weight is not finite: try --method rtn for it")
         report = ModuleReport(
             name=full,
-            spec=str(plan.spec),
+            spec=str(Scheme(plan.spec, plan.inputs)),
             method=plan.method,
             bits_per_weight=solution.tensor.bits_per_weight,
             weights=weight.numel(),
@@ -253,7 +263,8 @@ class BlockQuantizer:
             module, _, last = name.rpartition(".")
             handled.add(self.full_name(name))
             if last == "weight" and module in self._solved:
-                for local, tensor in self.codec.encode(self._solved[module]).items():
+                scale = self._input_scales.get(module)
+                for local, tensor in self.codec.encode(self._solved[module], scale).items():
                     out[f"{self.full_name(module)}.{local}"] = tensor.contiguous().cpu()
                 continue
             kept = self._stored(name)

@@ -23,7 +23,7 @@ from lowbit.codecs.gguf.mixes import choose_types, find_mix
 from lowbit.codecs.gguf.vocabulary import read_vocabulary
 from lowbit.codecs.gguf.writing import TensorHeader, gguf_file_size
 from lowbit.errors import CheckpointError, ResourceError, UsageError
-from lowbit.formats import IntSpec, parse_spec
+from lowbit.formats import IntSpec, WeightSpec, parse_spec
 from lowbit.formats.ggml import GGML_TYPES, BlockTensor, GgmlType
 from lowbit.kernels.ggml import quantize_rows
 from lowbit.pipeline.job import DEMO
@@ -138,7 +138,10 @@ class Fit:
                 rules.append(Rule(pattern, skip=True))
             else:
                 spec = parse_spec(choice)
-                rules.append(Rule(pattern, bits=spec.bits, group_size=spec.group_size, symmetric=spec.symmetric))
+                if isinstance(spec, IntSpec):
+                    rules.append(Rule(pattern, bits=spec.bits, group_size=spec.group_size, symmetric=spec.symmetric))
+                else:
+                    rules.append(Rule(pattern, scheme=choice))
         return Recipe(scheme=base, method=measurement.method, format=measurement.format, rules=tuple(rules))
 
 
@@ -164,8 +167,8 @@ def measure(
     formats = [*(name for name in CODECS if name != DENSE), GGUF]
     if format not in formats:
         raise UsageError(f"fit cannot write {format!r}{suggestion(format, formats)}")
-    if method not in METHODS or METHODS[method].search_scales is not None:
-        usable = [name for name, entry in METHODS.items() if entry.search_scales is None]
+    if method not in METHODS or METHODS[method].transform is not None:
+        usable = [name for name, entry in METHODS.items() if entry.transform is None]
         raise UsageError(f"fit cannot measure method {method!r}{suggestion(method, usable)}")
     names = candidates or DEFAULT_CANDIDATES.get(format, DEFAULT_CANDIDATES["compressed-tensors"][:1])
     with open_checkpoint(source, trust_remote_code=trust_remote_code) as checkpoint:
@@ -322,7 +325,7 @@ def _too_small(
     return f"{what}: give more room, or smaller --candidates (the smallest now: {smallest})"
 
 
-def _integer(codec: Codec, spec: IntSpec, method: str) -> Candidate:
+def _integer(codec: Codec, spec: WeightSpec, method: str) -> Candidate:
     def solve(weight: torch.Tensor, statistics: Any, shared: Any, name: str) -> Any:
         usable = statistics if statistics.tokens else None
         chosen = METHODS[method if usable is not None else "rtn"]

@@ -21,6 +21,7 @@ from lowbit.codecs.reading import local_tensors
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.formats.ggml import GGML_TYPES, GgmlType
 from lowbit.formats.ggml.grids import BLOCK, Rounding, grid_type
+from lowbit.formats.spec import IntSpec
 from lowbit.pipeline.gguf_output import Output, WrittenModel, check_name, is_gguf_name, named
 from lowbit.pipeline.gguf_stream import Task
 from lowbit.pipeline.progress import Progress, Silent
@@ -186,6 +187,8 @@ def _type_of(checkpoint: Checkpoint, module: str, entry: StoredModule | None) ->
                 f"{module}: its columns are in activation order (g_idx), so that a block of {BLOCK} has several scales",
                 [_WAY_OUT],
             )
+    if not isinstance(entry.spec, IntSpec) or entry.spec.has_float_zeros:
+        raise UnsupportedError(f"{module}: {entry.spec} is no integer grid that a GGUF type holds exactly", [_WAY_OUT])
     zeros = _local(checkpoint, module, entry, _ZEROS)
     centred = entry.spec.symmetric or is_centred(entry.spec, entry.codec.zero_points(zeros, entry.spec, entry.shape))
     try:

@@ -159,7 +159,8 @@ def _matrix(
     quantized = module != source and module in plan
     whole: _Part | None = None
     if quantized:
-        whole = read_quantized(checkpoint, module, plan[module])
+        stored = read_quantized(checkpoint, module, plan[module])
+        whole = stored if isinstance(stored, QuantizedTensor | BlockTensor) else stored.dequantize()
     elif order is not None or count <= step:
         whole = checkpoint.read(source).reshape(-1, columns)
     for first in range(0, count, step):

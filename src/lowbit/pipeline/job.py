@@ -19,8 +19,8 @@ from lowbit import __version__
 from lowbit.calibration import CalibrationSet, ids_hash, load_calibration, load_tokenizer
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.codecs import CODECS, Codec
-from lowbit.errors import UsageError
-from lowbit.formats import IntSpec
+from lowbit.errors import UnsupportedError, UsageError
+from lowbit.formats import ActivationSpec, Scheme, WeightSpec
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.block import ModuleReport
 from lowbit.pipeline.checks import Decisions, decide, scan_weights
@@ -29,6 +29,7 @@ from lowbit.pipeline.sampling import sample_from
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
 from lowbit.planning import probe
 from lowbit.quant import METHODS
+from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
 
 DEMO = "demo"
 """Name of the embedded model, and of the text that it was trained on."""
@@ -107,9 +108,13 @@ class Job:
         parts += [str(self.model.device), str(self.model.dtype)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def specs(self) -> dict[str, IntSpec]:
+    def specs(self) -> dict[str, WeightSpec]:
         """Quantized modules and their number formats, by the checkpoint's names."""
         return {name: entry.spec for name, entry in self.plan.items() if entry is not None}
+
+    def inputs(self) -> dict[str, ActivationSpec]:
+        """Modules whose inputs are quantized too, and how."""
+        return {n: entry.inputs for n, entry in self.plan.items() if entry is not None and entry.inputs is not None}
 
     def left_dense(self) -> list[str]:
         """Linear modules that stay dense, the output head among them."""
@@ -209,6 +214,7 @@ def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterat
         model = StreamedModel(checkpoint, device=device, dtype=dtype, trust_remote_code=settings.trust_remote_code)
         shapes = model.linear_shapes()
         recipe_plan = resolve(recipe, shapes, fused_groups(list(shapes)), methods=METHODS)
+        _refuse_unsolvable(codec, recipe_plan)
         scale_dtype = codec.scale_dtype(stored)
         plan = {
             name: None if entry is None else dataclasses.replace(entry, spec=entry.spec.with_scale_dtype(scale_dtype))
@@ -225,6 +231,20 @@ def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterat
         yield Job(
             source, checkpoint, model, recipe, codec, plan, settings, calibration, held_out, decisions, hashes, notes
         )
+
+
+def _refuse_unsolvable(codec: Codec, plan: Mapping[str, ModulePlan | None]) -> None:
+    """Raise for a number format that the method does not solve for, or inputs that the file format has no place for."""
+    for name, entry in plan.items():
+        if entry is None:
+            continue
+        if reasons := METHODS[entry.method].supports(entry.spec):
+            raise UnsupportedError(f"{name}: method {entry.method}", reasons)
+        transform = entry.transform or NO_TRANSFORM
+        if transform != NO_TRANSFORM:
+            _choice(TRANSFORMS, transform, "transform")
+        if entry.inputs is not None and (reasons := codec.supports_inputs(entry.spec, entry.inputs)):
+            raise UnsupportedError(f"{name}: {Scheme(entry.spec, entry.inputs)}", reasons)
 
 
 def _choice(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -252,7 +272,7 @@ def _calibration(
     memory: int,
 ) -> tuple[CalibrationSet | None, torch.Tensor | None]:
     """The sequences to calibrate on, and some more of the same text that are kept for the certificate."""
-    needed = any(entry is not None and METHODS[entry.method].needs_statistics for entry in plan.values())
+    needed = any(entry is not None and entry.needs_statistics for entry in plan.values())
     chosen = settings.calibration
     if chosen is None and str(source) == DEMO:
         chosen = DEMO

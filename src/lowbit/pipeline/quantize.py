@@ -223,7 +223,7 @@ def _notes(reports: Sequence[ModuleReport]) -> list[str]:
 def _finish(job: Job, partial: PartialCheckpoint, reports: Sequence[ModuleReport]) -> None:
     """Write config, manifest and tokenizer, and let the output directory appear."""
     config = {k: v for k, v in job.checkpoint.config.items() if k not in ("quantization_config", "compression_config")}
-    quantization = job.codec.config(job.specs(), job.left_dense(), details=job.details())
+    quantization = job.codec.config(job.specs(), job.left_dense(), inputs=job.inputs(), details=job.details())
     if quantization:
         config["quantization_config"] = quantization
     manifest = Manifest(

@@ -13,7 +13,9 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from lowbit.errors import UsageError
-from lowbit.formats import IntSpec, parse_spec
+from lowbit.formats import ActivationSpec, CodebookSpec, IntSpec, Scheme, WeightSpec, parse_scheme
+from lowbit.quant import METHODS
+from lowbit.quant.transforms import NO_TRANSFORM
 
 _T = TypeVar("_T")
 
@@ -36,6 +38,7 @@ class Rule:
 
     pattern: str
     skip: bool = False
+    scheme: str | None = None
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
@@ -59,7 +62,9 @@ class Rule:
 class Recipe:
     """A whole recipe. ``scheme`` is a preset or number format; ``bits``, ``group_size``, ``symmetric`` override it.
 
-    ``options`` are those of the method (:func:`method_options`). Of ``rules`` the first that matches a module wins.
+    ``transform`` rewrites weights before they are solved (None: the method's own, if it has one), ``sparsity`` is the
+    pattern of zeros (``2:4``, ``50%``) that ``pruner`` makes. ``options`` are those of the method
+    (:func:`method_options`). Of ``rules`` the first that matches a module wins.
     """
 
     scheme: str = "W4A16"
@@ -69,6 +74,9 @@ class Recipe:
     group_size: int | None = None
     symmetric: bool | None = None
     ordering: str | None = None
+    transform: str | None = None
+    sparsity: str | None = None
+    pruner: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
@@ -77,9 +85,14 @@ class Recipe:
             raise UsageError(f"recipe: ordering must be none or static, not {self.ordering!r}")
 
     @property
-    def spec(self) -> IntSpec:
-        """The number format of modules that no rule speaks of."""
-        return _override(parse_spec(self.scheme), self.bits, self.group_size, self.symmetric)
+    def quantization(self) -> Scheme:
+        """The formats of weights and inputs of the modules that no rule speaks of."""
+        return _override(parse_scheme(self.scheme), self.bits, self.group_size, self.symmetric)
+
+    @property
+    def spec(self) -> WeightSpec:
+        """The number format of the weights of modules that no rule speaks of."""
+        return self.quantization.weights
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -102,7 +115,8 @@ class Recipe:
     def from_dict(cls, content: Any, *, where: str = "recipe") -> Recipe:
         """A recipe from plain values; ``where`` leads the messages of errors.
 
-        Keys: scheme, method, format, bits, group_size, sym, ordering (or desc_act), options, skip, rules, dynamic.
+        Keys: scheme, method, format, bits, group_size, sym, ordering (or desc_act), transform, sparsity, pruner,
+        options, skip, rules, dynamic.
         """
         values = _table(content, _RECIPE_KEYS, where)
         rules = [Rule(_string(pattern, f"{where}: skip"), skip=True) for pattern in _list(values, "skip", where)]
@@ -113,7 +127,7 @@ class Recipe:
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
             raise UsageError(f"{where}: options must be a table of names and values")
         fields = _overrides(values, where)
-        for name in ("scheme", "method", "format"):
+        for name in ("format", "transform", "sparsity", "pruner"):
             if name in values:
                 fields[name] = _string(values[name], f"{where}: {name}")
         return cls(options=dict(options), rules=tuple(rules), **fields)
@@ -126,6 +140,8 @@ class Recipe:
         """Plain values for the manifest; :meth:`from_dict` reads them back."""
         plain: dict[str, Any] = {"scheme": self.scheme, "method": self.method, "format": self.format}
         plain.update(_plain_overrides(self))
+        named = (("transform", self.transform), ("sparsity", self.sparsity), ("pruner", self.pruner))
+        plain.update({name: value for name, value in named if value is not None})
         if self.options:
             plain["options"] = dict(sorted(self.options.items()))
         if self.rules:
@@ -138,14 +154,34 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """How one module is quantized; ``ordering`` None leaves it to the method's options."""
+    """How one module is quantized; ``ordering`` None leaves it to the method's options.
 
-    spec: IntSpec
+    ``inputs`` is the format of its inputs (None: left alone); see :class:`Recipe` for the others.
+    """
+
+    spec: WeightSpec
     method: str
     ordering: str | None = None
+    inputs: ActivationSpec | None = None
+    transform: str | None = None
+    sparsity: str | None = None
+    pruner: str | None = None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration inputs decide anything about this module."""
+        method = METHODS.get(self.method)
+        transform = self.transform or (method.transform if method else None) or NO_TRANSFORM
+        static = self.inputs is not None and self.inputs.needs_calibration
+        pruned = self.sparsity is not None and self.pruner != "magnitude"
+        return static or pruned or transform != NO_TRANSFORM or (method is not None and method.needs_statistics)
 
     def __str__(self) -> str:
-        return f"{self.spec} by {self.method}" + (f" with ordering {self.ordering}" if self.ordering else "")
+        parts = [f"{Scheme(self.spec, self.inputs)} by {self.method}"]
+        parts += [f"with ordering {self.ordering}"] if self.ordering else []
+        parts += [f"after {self.transform}"] if self.transform else []
+        parts += [f"{self.sparsity} pruned by {self.pruner}"] if self.sparsity else []
+        return " ".join(parts)
 
 
 def resolve(
@@ -172,7 +208,7 @@ def resolve(
             continue
         if methods is not None and entry.method not in methods:
             raise UsageError(f"{name}: unknown method {entry.method!r}{suggestion(entry.method, methods)}")
-        if entry.spec.group_size > in_features:
+        if not isinstance(entry.spec, CodebookSpec) and entry.spec.group_size > in_features:
             raise UsageError(
                 f"{name}: group size {entry.spec.group_size} exceeds its {in_features} input features: "
                 f"use at most {in_features}, or -1 (one scale per row)"
@@ -232,28 +268,36 @@ def suggestion(name: str, known: Collection[str]) -> str:
 
 
 def _plan_module(recipe: Recipe, name: str) -> ModulePlan | None:
-    for rule in recipe.rules:
-        if not rule.matches(name):
-            continue
+    rule = next((rule for rule in recipe.rules if rule.matches(name)), None)
+    if rule is None and _DENSE.fullmatch(name):
+        return None
+    scheme, method, ordering = recipe.quantization, recipe.method, recipe.ordering
+    if rule is not None:
         if rule.skip:
             return None
         try:
-            spec = _override(recipe.spec, rule.bits, rule.group_size, rule.symmetric)
+            scheme = scheme if rule.scheme is None else parse_scheme(rule.scheme)
+            scheme = _override(scheme, rule.bits, rule.group_size, rule.symmetric)
         except UsageError as error:
             raise UsageError(f"rule {rule.pattern!r} for {name}: {error}") from error
-        return ModulePlan(spec, rule.method or recipe.method, rule.ordering or recipe.ordering)
-    if _DENSE.fullmatch(name):
-        return None
-    return ModulePlan(recipe.spec, recipe.method, recipe.ordering)
+        method, ordering = rule.method or method, rule.ordering or ordering
+    return ModulePlan(scheme.weights, method, ordering, scheme.inputs, recipe.transform, recipe.sparsity, recipe.pruner)
 
 
-def _override(spec: IntSpec, bits: int | None, group_size: int | None, symmetric: bool | None) -> IntSpec:
-    return replace(
-        spec,
-        bits=spec.bits if bits is None else bits,
-        group_size=spec.group_size if group_size is None else group_size,
-        symmetric=spec.symmetric if symmetric is None else symmetric,
-    )
+def _override(scheme: Scheme, bits: int | None, group_size: int | None, symmetric: bool | None) -> Scheme:
+    """``scheme`` with other weights; :class:`UsageError` where they are no integers."""
+    spec = scheme.weights
+    size = spec.group_size if group_size is None else group_size
+    if isinstance(spec, IntSpec):
+        wide = spec.bits if bits is None else bits
+        form = spec.symmetric if symmetric is None else symmetric
+        return replace(scheme, weights=replace(spec, bits=wide, group_size=size, symmetric=form))
+    given = {"bits": bits, "group_size": group_size, "sym": symmetric}
+    if isinstance(spec, CodebookSpec):
+        spec, given = replace(spec, group_size=size), {"bits": bits, "sym": symmetric}
+    if unused := [name for name, value in given.items() if value is not None]:
+        raise UsageError(f"{', '.join(unused)}: only integer formats have that setting, not {spec}: leave it out")
+    return replace(scheme, weights=spec)
 
 
 def _check_rule(rule: Rule, modules: Mapping[str, tuple[int, int]]) -> None:
@@ -292,8 +336,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_OVERRIDE_KEYS = ("bits", "group_size", "sym", "symmetric", "method", "ordering", "desc_act")
-_RECIPE_KEYS = (*_OVERRIDE_KEYS, "scheme", "format", "options", "skip", "rules", "dynamic")
+_OVERRIDE_KEYS = ("scheme", "bits", "group_size", "sym", "symmetric", "method", "ordering", "desc_act")
+_RECIPE_KEYS = (*_OVERRIDE_KEYS, "format", "transform", "sparsity", "pruner", "options", "skip", "rules", "dynamic")
 _RULE_KEYS = (*_OVERRIDE_KEYS, "pattern", "skip")
 
 
@@ -327,7 +371,7 @@ def _overrides(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in ("sym", "symmetric"):
         if values.get(name) is not None:
             fields["symmetric"] = _boolean(values[name], f"{where}: {name}")
-    for name in ("method", "ordering"):
+    for name in ("scheme", "method", "ordering"):
         if values.get(name) is not None:
             fields[name] = _string(values[name], f"{where}: {name}")
     if values.get("desc_act") is not None:
@@ -348,8 +392,8 @@ def _plain_overrides(values: Recipe | Rule) -> dict[str, Any]:
         ("ordering", values.ordering),
     )
     plain: dict[str, Any] = {name: value for name, value in named if value is not None}
-    if isinstance(values, Rule) and values.method is not None:
-        plain["method"] = values.method
+    if isinstance(values, Rule):
+        plain |= {key: getattr(values, key) for key in ("scheme", "method") if getattr(values, key) is not None}
     return plain
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lowbit.formats import IntSpec
+from lowbit.formats import WeightSpec
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.|(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -20,7 +20,7 @@ class PlannedModule:
 
     name: str
     shape: tuple[int, int]
-    spec: IntSpec | None = None
+    spec: WeightSpec | None = None
     method: str = "rtn"
 
     @property

@@ -13,7 +13,8 @@ import torch
 
 from lowbit.codecs import Codec
 from lowbit.errors import LowbitError
-from lowbit.formats import IntSpec, QuantizedTensor
+from lowbit.formats import IntSpec, QuantizedTensor, WeightSpec, WeightTensor
+from lowbit.formats.rounding import round_weight
 from lowbit.planning.cost import Prediction, Workload, disk_bytes, output_bytes, predict
 from lowbit.planning.hardware import Hardware
 from lowbit.planning.modules import PlannedModule, told
@@ -83,16 +84,9 @@ def preflight(situation: Situation) -> Report:
     return Report(tuple(findings), prediction, size, parallel.workable)
 
 
-def round_trip(codec: Codec, spec: IntSpec, shape: tuple[int, int]) -> Finding | None:
+def round_trip(codec: Codec, spec: WeightSpec, shape: tuple[int, int]) -> Finding | None:
     """Encode and decode one random module of ``shape`` (out, in); a finding if it does not come back as it went."""
-    generator = torch.Generator().manual_seed(0)
-    scale_shape = (1, 1) if spec.group_size == 0 else (shape[0], spec.groups(shape[1]))
-    tensor = QuantizedTensor(
-        spec,
-        torch.randint(0, spec.levels, shape, generator=generator, dtype=torch.uint8),
-        (torch.rand(scale_shape, generator=generator) + 0.5).to(spec.scale_dtype),
-        None if spec.symmetric else torch.randint(0, spec.levels, scale_shape, generator=generator, dtype=torch.uint8),
-    )
+    tensor = _random_weight(spec, shape)
     try:
         back = codec.decode(codec.encode(tensor), spec, shape)
     except LowbitError as error:
@@ -100,6 +94,19 @@ def round_trip(codec: Codec, spec: IntSpec, shape: tuple[int, int]) -> Finding |
     if torch.equal(back.dequantize(), tensor.dequantize()):
         return None
     return Finding("error", f"a {shape[0]}x{shape[1]} weight as {spec} comes back changed from {codec.name}")
+
+
+def _random_weight(spec: WeightSpec, shape: tuple[int, int]) -> WeightTensor:
+    generator = torch.Generator().manual_seed(0)
+    if not isinstance(spec, IntSpec) or spec.has_float_zeros:
+        return round_weight(torch.randn(shape, generator=generator), spec)
+    scale_shape = (1, 1) if spec.group_size == 0 else (shape[0], spec.groups(shape[1]))
+    return QuantizedTensor(
+        spec,
+        torch.randint(0, spec.levels, shape, generator=generator, dtype=torch.uint8),
+        (torch.rand(scale_shape, generator=generator) + 0.5).to(spec.scale_dtype),
+        None if spec.symmetric else torch.randint(0, spec.levels, scale_shape, generator=generator, dtype=torch.uint8),
+    )
 
 
 def _format_findings(codec: Codec, quantized: Sequence[PlannedModule]) -> list[Finding]:
@@ -169,7 +176,7 @@ def _duration(seconds: float) -> str:
 
 
 def planned(
-    shapes: Iterable[tuple[str, tuple[int, int]]], specs: dict[str, IntSpec], methods: dict[str, str]
+    shapes: Iterable[tuple[str, tuple[int, int]]], specs: dict[str, WeightSpec], methods: dict[str, str]
 ) -> tuple[PlannedModule, ...]:
     """Modules from names with shapes, the formats of those that are quantized, and their methods."""
     return tuple(PlannedModule(name, shape, specs.get(name), methods.get(name, "rtn")) for name, shape in shapes)

@@ -51,8 +51,8 @@ class Placement:
     hardware: Hardware | None = None
 
     def names(self, wanted: Callable[[IntSpec, tuple[int, int]], bool]) -> list[str]:
-        """Names of the quantized modules with a format and shape (out, in) for which ``wanted`` holds."""
-        return [m.name for m in self.modules if m.spec is not None and wanted(m.spec, m.shape)]
+        """Names of the modules with integer weights of a format and shape (out, in) for which ``wanted`` holds."""
+        return [m.name for m in self.modules if isinstance(m.spec, IntSpec) and wanted(m.spec, m.shape)]
 
 
 def parse_target(text: str) -> Target:

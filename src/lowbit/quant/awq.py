@@ -17,7 +17,9 @@ import torch
 
 from lowbit.errors import NumericsError, UsageError
 from lowbit.formats.integer import choose_range, quantize_dequantize
+from lowbit.formats.rounding import round_weight
 from lowbit.formats.spec import IntSpec
+from lowbit.formats.weights import WeightSpec
 from lowbit.quant.error import spaced_rows
 from lowbit.quant.factor import quadratic_form
 from lowbit.quant.rtn import RtnOptions, round_to_nearest
@@ -72,7 +74,7 @@ class AwqScaling:
 
 @torch.no_grad()
 def search_scales(
-    weights: Sequence[torch.Tensor], statistics: InputStatistics, spec: IntSpec, options: AwqOptions
+    weights: Sequence[torch.Tensor], statistics: InputStatistics, spec: WeightSpec, options: AwqOptions
 ) -> AwqScaling:
     """Search the scales shared by ``weights`` (float ``[out_i, in]`` each, one input), to be rounded as ``spec``."""
     if statistics.tokens == 0:
@@ -102,24 +104,28 @@ def search_scales(
 
 @torch.no_grad()
 def solve(
-    weight: torch.Tensor, statistics: InputStatistics | None, spec: IntSpec, options: AwqOptions, *, name: str = ""
+    weight: torch.Tensor, statistics: InputStatistics | None, spec: WeightSpec, options: AwqOptions, *, name: str = ""
 ) -> Solution:
     """Round ``weight`` (already scaled), its ranges searched; ``name`` tells query and key projections."""
     clip = options.clip and (options.clip_query_key or not _QUERY_KEY.match(name.rpartition(".")[2]))
     return round_to_nearest(weight, statistics, spec, RtnOptions("gram" if clip else "minmax"))
 
 
-def _error(parts: Sequence[torch.Tensor], scales: torch.Tensor, statistics: InputStatistics, spec: IntSpec) -> float:
+def _error(parts: Sequence[torch.Tensor], scales: torch.Tensor, statistics: InputStatistics, spec: WeightSpec) -> float:
     """Output error of rounding the scaled ``parts``, summed over them."""
     total = 0.0
     for part in parts:
         scaled = part * scales
-        rounded = quantize_dequantize(scaled, spec, *choose_range(scaled, spec))
+        rounded = (
+            quantize_dequantize(scaled, spec, *choose_range(scaled, spec))
+            if isinstance(spec, IntSpec)
+            else round_weight(scaled, spec).dequantize()
+        )
         total += float(quadratic_form(rounded.div_(scales).sub_(part), statistics.upper_gram).sum())
     return total
 
 
-def _weight_magnitude(weights: Sequence[torch.Tensor], spec: IntSpec) -> torch.Tensor:
+def _weight_magnitude(weights: Sequence[torch.Tensor], spec: WeightSpec) -> torch.Tensor:
     """float32 ``[in]``: mean over all rows of ``|w|`` relative to the largest in its group."""
     columns = weights[0].shape[1]
     size = spec.group_size if spec.group_size > 0 and columns % spec.group_size == 0 else columns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,6 +10,7 @@ import torch
 
 from lowbit.errors import NumericsError
 from lowbit.formats.spec import IntSpec
+from lowbit.formats.weights import WeightSpec
 from lowbit.quant import awq, gptq
 from lowbit.quant.awq import AwqOptions
 from lowbit.quant.gptq import Factor, GptqOptions
@@ -21,8 +22,7 @@ __all__ = ["METHODS", "Method", "Options"]
 
 Options: TypeAlias = RtnOptions | GptqOptions | AwqOptions
 _Shared: TypeAlias = MutableMapping[Options, Factor]
-_Solver: TypeAlias = Callable[[torch.Tensor, InputStatistics | None, IntSpec, Any, _Shared, str], Solution]
-_Transform: TypeAlias = Callable[[Sequence[torch.Tensor], InputStatistics, IntSpec, Any], torch.Tensor | None]
+_Solver: TypeAlias = Callable[[torch.Tensor, InputStatistics | None, Any, Any, _Shared, str], Solution]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +31,23 @@ class Method:
 
     ``options``           dataclass of its settings
     ``needs_statistics``  whether it solves nothing without calibration inputs
-    ``search_scales``     the transform before it, ``(weights, statistics, spec, options) -> scales``: float32 ``[in]``
-                          to multiply the columns of all linears on one input by (and divide that input by), or None
-                          to leave them alone
+    ``supports``          reasons why it makes no weights of a format, each with the way out
+    ``transform``         the one of :data:`lowbit.quant.transforms.TRANSFORMS` that goes before it unless the recipe
+                          names another
     """
 
     name: str
     options: type[Options]
     needs_statistics: bool
     solver: _Solver
-    search_scales: _Transform | None = None
+    supports: Callable[[WeightSpec], list[str]]
+    transform: str | None = None
 
     def solve(
         self,
         weight: torch.Tensor,
         statistics: InputStatistics | None,
-        spec: IntSpec,
+        spec: WeightSpec,
         options: Options | None = None,
         *,
         shared: _Shared | None = None,
@@ -68,7 +69,7 @@ class Method:
 def _rtn(
     weight: torch.Tensor,
     statistics: InputStatistics | None,
-    spec: IntSpec,
+    spec: WeightSpec,
     options: RtnOptions,
     shared: _Shared,
     name: str,
@@ -94,7 +95,7 @@ def _gptq(
 def _awq(
     weight: torch.Tensor,
     statistics: InputStatistics | None,
-    spec: IntSpec,
+    spec: WeightSpec,
     options: AwqOptions,
     shared: _Shared,
     name: str,
@@ -102,17 +103,19 @@ def _awq(
     return awq.solve(weight, statistics, spec, options, name=name)
 
 
-def _awq_scales(
-    weights: Sequence[torch.Tensor], statistics: InputStatistics, spec: IntSpec, options: AwqOptions
-) -> torch.Tensor | None:
-    chosen = options if isinstance(options, AwqOptions) else AwqOptions()
-    found = awq.search_scales(weights, statistics, spec, chosen)
-    return found.scales if found.after < found.before else None
+def _any(spec: WeightSpec) -> list[str]:
+    return []
+
+
+def _integers(spec: WeightSpec) -> list[str]:
+    if isinstance(spec, IntSpec) and not spec.has_float_zeros:
+        return []
+    return [f"it solves for integer weights, not {spec}: use --method rtn, or e.g. --scheme W4A16"]
 
 
 METHODS: Mapping[str, Method] = {
-    "rtn": Method("rtn", RtnOptions, needs_statistics=False, solver=_rtn),
-    "gptq": Method("gptq", GptqOptions, needs_statistics=True, solver=_gptq),
-    "awq": Method("awq", AwqOptions, needs_statistics=True, solver=_awq, search_scales=_awq_scales),
+    "rtn": Method("rtn", RtnOptions, needs_statistics=False, solver=_rtn, supports=_any),
+    "gptq": Method("gptq", GptqOptions, needs_statistics=True, solver=_gptq, supports=_integers),
+    "awq": Method("awq", AwqOptions, needs_statistics=True, solver=_awq, supports=_any, transform="awq"),
 }
 """Every method of ``--method``."""

@@ -8,8 +8,10 @@ import torch
 
 from lowbit.errors import UsageError
 from lowbit.formats.integer import encode
+from lowbit.formats.rounding import round_weight
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.tensor import QuantizedTensor
+from lowbit.formats.weights import WeightSpec
 from lowbit.quant.ranges import RangeMethod, choose_grid
 from lowbit.quant.solution import Solution
 from lowbit.quant.statistics import InputStatistics
@@ -31,10 +33,12 @@ class RtnOptions:
 
 @torch.no_grad()
 def round_to_nearest(
-    weight: torch.Tensor, statistics: InputStatistics | None, spec: IntSpec, options: RtnOptions
+    weight: torch.Tensor, statistics: InputStatistics | None, spec: WeightSpec, options: RtnOptions
 ) -> Solution:
     """Quantize ``weight`` float ``[out, in]``. Raises :class:`NumericsError` if it is not finite."""
     weight = weight.to(torch.float32)
+    if not isinstance(spec, IntSpec):
+        return Solution(round_weight(weight, spec))
     gram = statistics.upper_gram if statistics is not None and statistics.tokens else None
     scales, zeros = choose_grid(weight, spec, options.range_method, upper_gram=gram)
     return Solution(QuantizedTensor(spec, encode(weight, spec, scales, zeros), scales, zeros))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowbit.formats.tensor import QuantizedTensor
+from lowbit.formats.weights import WeightTensor
 
 __all__ = ["Solution"]
 
@@ -17,6 +17,6 @@ class Solution:
     ``notes``    one line each on anything that did not go as asked, e.g. a raised damping
     """
 
-    tensor: QuantizedTensor
+    tensor: WeightTensor
     damping: float = 0.0
     notes: tuple[str, ...] = ()

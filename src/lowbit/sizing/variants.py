@@ -18,7 +18,8 @@ from lowbit.checkpoint.sizes import weight_file_sizes
 from lowbit.codecs import CODECS
 from lowbit.codecs.gguf.mixes import MIXES, is_mix
 from lowbit.errors import UsageError
-from lowbit.formats import PER_TENSOR, IntSpec, QuantizedTensor, parse_spec
+from lowbit.formats import WeightSpec, parse_spec
+from lowbit.formats.rounding import blank_weight
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.recipe import Recipe, resolve
 from lowbit.planning import PlannedModule
@@ -57,7 +58,7 @@ def make_variant(
     return _quantized(model, _spec(scheme, name), format)
 
 
-def _spec(scheme: str, name: str) -> IntSpec:
+def _spec(scheme: str, name: str) -> WeightSpec:
     try:
         return parse_spec(name)
     except UsageError as error:
@@ -111,7 +112,7 @@ def _conversion_parts(headers: Mapping[str, Header]) -> Iterator[dict[str, Heade
     yield part
 
 
-def _quantized(model: HeaderModel, spec: IntSpec, format: str) -> Variant:
+def _quantized(model: HeaderModel, spec: WeightSpec, format: str) -> Variant:
     """Linears in ``spec``, the rest as stored, as ``lowbit quantize`` writes them."""
     codec = CODECS.get(format)
     if codec is None:
@@ -149,17 +150,11 @@ def _quantized(model: HeaderModel, spec: IntSpec, format: str) -> Variant:
 
 
 @lru_cache(maxsize=256)
-def _encoded(format: str, spec: IntSpec, shape: tuple[int, int]) -> dict[str, Header]:
+def _encoded(format: str, spec: WeightSpec, shape: tuple[int, int]) -> dict[str, Header]:
     """Dtype and shape of each tensor that a module becomes: what the codec makes of one without data."""
-    scales = (1, 1) if spec.group_size == PER_TENSOR else (shape[0], spec.groups(shape[1]))
     # The first use of the meta device costs seconds of imports: small tensors are really encoded.
     with torch.device("meta" if math.prod(shape) > _SMALL else "cpu"):
-        tensor = QuantizedTensor(
-            spec,
-            torch.zeros(shape, dtype=torch.uint8),
-            torch.zeros(scales, dtype=spec.scale_dtype),
-            None if spec.symmetric else torch.zeros(scales, dtype=torch.uint8),
-        )
+        tensor = blank_weight(spec, shape)
         return {name: (item.dtype, tuple(item.shape)) for name, item in CODECS[format].encode(tensor).items()}
 
 

@@ -1,0 +1,92 @@
+"""How a linear's input is quantized while a model runs: the spec, and its effect simulated in floats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from lowbit.errors import UsageError
+from lowbit.formats.floating import E4M3_MAX, decode_elements, encode_elements
+
+__all__ = ["ActivationSpec", "fake_quantize"]
+
+ActivationElement: TypeAlias = Literal["int8", "int4", "e4m3", "e2m1"]
+
+_MAXIMA: Mapping[str, float] = {"int8": 127.0, "int4": 7.0, "e4m3": E4M3_MAX, "e2m1": 6.0}
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationSpec:
+    """Quantized inputs: symmetric, one scale per row (``token``), per ``group_size`` columns of a row, or for all.
+
+    ``dynamic`` scales come from the input itself, static ones (``tensor`` only) from calibration. ``scale`` is a
+    float, or for groups E4M3 over a static global scale (NVFP4) or E8M0 (microscaling).
+    """
+
+    element: ActivationElement
+    granularity: Literal["token", "tensor", "group"] = "token"
+    dynamic: bool = True
+    group_size: int = 0
+    scale: Literal["float", "e4m3", "e8m0"] = "float"
+
+    def __post_init__(self) -> None:
+        if self.element not in _MAXIMA:
+            raise UsageError(f"unknown activation format {self.element!r}: use {', '.join(_MAXIMA)}")
+        if not self.dynamic and self.granularity != "tensor":
+            raise UsageError("static activation scales are per tensor: use dynamic ones per token or group")
+        if (self.granularity == "group") != (self.group_size > 0):
+            raise UsageError("activation groups need a number of columns, e.g. 128")
+
+    def __str__(self) -> str:
+        grain = f"g{self.group_size}" if self.granularity == "group" else self.granularity
+        return f"{self.element}-{grain}" + ("" if self.dynamic else "-static")
+
+    @property
+    def maximum(self) -> float:
+        """The largest element."""
+        return _MAXIMA[self.element]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a static scale (of the tensor, or NVFP4's global one) has to be measured."""
+        return not self.dynamic or self.scale == "e4m3"
+
+
+@torch.no_grad()
+def fake_quantize(x: torch.Tensor, spec: ActivationSpec, static_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """``x`` ``[..., in]`` rounded to what an engine computes with, in the dtype of ``x``.
+
+    ``static_scale`` float32 ``[1]``: the step of static inputs; for NVFP4 the global scale that group scales are
+    multiplied by before they are rounded to E4M3. Raises :class:`UsageError` when it is needed and missing.
+    """
+    if spec.needs_calibration and static_scale is None:
+        raise UsageError(f"inputs quantized as {spec} need a calibrated scale and have none: give calibration text")
+    rows = x.float()
+    if spec.granularity == "group":
+        rows = rows.reshape(*x.shape[:-1], x.shape[-1] // spec.group_size, spec.group_size)
+    steps = _steps(rows, spec, static_scale)
+    scaled = rows / steps
+    if spec.element in ("int8", "int4"):
+        top = spec.maximum
+        rounded = scaled.round().clamp_(-top - 1, top)
+    else:
+        element: Literal["e4m3", "e2m1"] = "e4m3" if spec.element == "e4m3" else "e2m1"
+        rounded = decode_elements(encode_elements(scaled, element), element)
+    return rounded.mul_(steps).reshape(x.shape).to(x.dtype)
+
+
+def _steps(rows: torch.Tensor, spec: ActivationSpec, static_scale: torch.Tensor | None) -> torch.Tensor:
+    if not spec.dynamic and static_scale is not None:
+        return static_scale.float()
+    largest = rows.abs().amax() if spec.granularity == "tensor" else rows.abs().amax(-1, keepdim=True)
+    steps = largest / spec.maximum
+    if spec.scale == "e8m0":
+        top = 8 if spec.element == "e4m3" else 2
+        steps = torch.exp2(torch.floor(torch.log2(largest.clamp_min(2.0**-126))) - top)
+    elif spec.scale == "e4m3" and static_scale is not None:
+        stored = (steps * static_scale.float()).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+        steps = stored / static_scale.float()
+    return torch.where(steps > 0, steps, torch.ones_like(steps))
