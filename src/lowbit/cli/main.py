@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from lowbit import __version__
 from lowbit.cli import (
+    bench,
     chat,
     convert,
     demo,
@@ -40,6 +41,7 @@ VERBS = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "bench": bench,
     "demo": demo,
 }
 """Verb to the module with its ``HELP``, ``EXAMPLES``, ``add_arguments`` and ``run``."""
