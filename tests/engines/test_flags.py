@@ -28,6 +28,13 @@ EVERY: dict[str, Any] = {
     "gpu_layers": 10,
     "gpu_memory": 0.8,
     "threads": 3,
+    "threads_batch": 2,
+    "batch": 1024,
+    "ubatch": 256,
+    "flash_attention": False,
+    "cache_reuse": 64,
+    "ngram_draft": 8,
+    "ngram_match": 3,
     "mmproj": "eyes.gguf",
 }
 
@@ -43,6 +50,8 @@ def test_every_engine_takes_a_setting_or_says_why_not(engine: str, setting: str)
     given = {setting: EVERY[setting]}
     if setting == "draft_tokens":
         given["draft_model"] = "draft"
+    if setting == "ngram_match":
+        given["ngram_draft"] = 4
     if setting == "kv_dtype" and engine == "tgi":
         given["kv_dtype"] = "fp8"
     flags = EngineFlags(**given)
@@ -86,6 +95,8 @@ def test_what_vllm_refuses_only_when_it_starts_is_refused_here() -> None:
         ({"tensor_parallel": 2, "gpu_memory": 0.5}, "tensor_parallel: llama.cpp divides.*gpu_memory: say gpu_layers"),
         ({"kv_dtype": "fp8"}, "llama.cpp has no fp8 KV cache: kv_dtype may be auto, bf16, f16"),
         ({"draft_tokens": 3}, "draft_tokens: needs draft_model"),
+        ({"ngram_match": 3}, "ngram_match: needs ngram_draft"),
+        ({"ngram_draft": 3, "draft_model": "d"}, "ngram_draft: one of it and draft_model"),
     ],
 )
 def test_refusals_give_every_reason(given: dict[str, Any], words: str) -> None:
@@ -94,12 +105,14 @@ def test_refusals_give_every_reason(given: dict[str, Any], words: str) -> None:
 
 
 def test_llama_cpp_understands_its_own_command_line() -> None:
-    given = {key: value for key, value in EVERY.items() if key not in LLAMA_CPP.refused}
+    given = {key: value for key, value in EVERY.items() if key not in LLAMA_CPP.refused and "ngram" not in key}
     command, _ = build_command(LLAMA_CPP, "m.gguf", "chat", EngineFlags(**given), "python")
     text = [part.replace("{port}", "1234") for part in command[3:]]
     parsed: argparse.Namespace = build_parser().parse_args(text)
     assert (parsed.model, parsed.alias, parsed.port) == ("m.gguf", "chat", 1234)
     assert (parsed.context, parsed.parallel, parsed.threads, parsed.kv_dtype) == (4096, 8, 3, "f16")
+    assert (parsed.threads_batch, parsed.batch, parsed.ubatch, parsed.cache_reuse) == (2, 1024, 256, 64)
+    assert parsed.flash_attention == "off"
     assert (parsed.prefix_cache_mib, parsed.draft_model, parsed.draft_tokens) == (4096, "draft", 4)
 
 
@@ -116,6 +129,12 @@ def test_llama_cpp_parameters() -> None:
     assert not params.cache_prompt
     assert not params.ctx_shift, "a prompt is never silently cut"
     assert params.speculative.draft.mparams.path == "d"
+    assert (params.n_batch, params.n_ubatch, params.cpuparams_batch.n_threads) == (2048, 512, 2)
+    text = "--model m --port 1 --threads 2 --threads-batch 1 --batch 128 --ubatch 256 --flash-attention on"
+    params = build_params(build_parser().parse_args([*text.split(), "--ngram-draft", "6", "--ngram-match", "3"]))
+    assert (params.n_batch, params.n_ubatch) == (128, 128)
+    assert (params.cpuparams.n_threads, params.cpuparams_batch.n_threads) == (2, 1)
+    assert (params.speculative.ngram_simple.size_n, params.speculative.ngram_simple.size_m) == (3, 6)
 
 
 def test_an_engine_that_cannot_be_told_a_name_goes_by_its_path() -> None:

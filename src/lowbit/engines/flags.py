@@ -25,7 +25,10 @@ class EngineFlags:
     ``context`` tokens of one request and ``concurrency`` requests at a time; ``kv_dtype`` as ``f16``, ``bf16``,
     ``fp8``, ``int8`` … or the engine's own name; ``kv_offload`` and ``cpu_offload`` bytes of host memory for the cache
     and the weights; ``draft_model`` and ``draft_tokens`` for speculative decoding; ``gpu_memory`` the share of a GPU to
-    fill; ``mmproj`` the image encoder of a GGUF model; ``extra`` arguments that are passed on as they are.
+    fill; ``mmproj`` the image encoder of a GGUF model; ``threads`` of decoding and ``threads_batch`` of prompts;
+    ``batch`` tokens that are computed together at most and ``ubatch`` in one piece; ``cache_reuse`` the fewest tokens
+    of a passage that is moved within the cache rather than computed anew; ``ngram_draft`` tokens drafted from what
+    followed the last ``ngram_match`` tokens before (prompt lookup); ``extra`` arguments that are passed on as they are.
     """
 
     context: int | None = None
@@ -41,6 +44,13 @@ class EngineFlags:
     gpu_layers: int | None = None
     gpu_memory: float | None = None
     threads: int | None = None
+    threads_batch: int | None = None
+    batch: int | None = None
+    ubatch: int | None = None
+    flash_attention: bool | None = None
+    cache_reuse: int | None = None
+    ngram_draft: int | None = None
+    ngram_match: int | None = None
     mmproj: str | None = None
     extra: tuple[str, ...] = ()
 
@@ -118,6 +128,10 @@ def build_command(
     reasons += [f"{key}: {profile.name} has no such setting" for key in flags.given() if key not in known]
     if flags.draft_tokens is not None and flags.draft_model is None:
         reasons.append("draft_tokens: needs draft_model")
+    if flags.ngram_match is not None and flags.ngram_draft is None:
+        reasons.append("ngram_match: needs ngram_draft")
+    if flags.ngram_draft is not None and flags.draft_model is not None:
+        reasons.append("ngram_draft: one of it and draft_model")
     if reasons:
         raise UnsupportedError(f"engine {profile.name} cannot be run so", reasons)
     filled = {"python": python, "model": model, "name": name, "host": "{host}", "port": "{port}"}

@@ -29,6 +29,7 @@ _KV_TYPES = {
     "q4_0": "GGML_TYPE_Q4_0",
     "iq4_nl": "GGML_TYPE_IQ4_NL",
 }
+_FLASH_ATTENTION = {"auto": "AUTO", "on": "ENABLED", "off": "DISABLED"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,11 +42,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=0, help="tokens of each request; 0: what the model was made for")
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads-batch", type=int, default=0, help="threads of prompts; 0: as --threads")
+    parser.add_argument("--batch", type=int, default=2048, help="tokens computed together at most")
+    parser.add_argument("--ubatch", type=int, default=512, help="tokens computed in one piece at most")
+    parser.add_argument("--flash-attention", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--kv-dtype", choices=sorted(_KV_TYPES), default="f16")
     parser.add_argument("--gpu-layers", type=int, default=-1)
     parser.add_argument("--poll", type=int, default=0, help="0 to 100: how long threads spin before they sleep")
     parser.add_argument("--no-prefix-cache", action="store_true")
     parser.add_argument("--prefix-cache-mib", type=int, default=0)
+    parser.add_argument("--cache-reuse", type=int, default=0, help="fewest tokens of a passage moved within the cache")
+    parser.add_argument("--ngram-draft", type=int, default=0, help="tokens drafted by prompt lookup; 0: none")
+    parser.add_argument("--ngram-match", type=int, default=12, help="tokens that have to be the same as before")
     parser.add_argument("--mmproj")
     parser.add_argument("--draft-model")
     parser.add_argument("--draft-tokens", type=int, default=8)
@@ -72,9 +80,15 @@ def build_params(arguments: argparse.Namespace) -> Any:
     params.cache_type_k = params.cache_type_v = kind
     params.cache_prompt = not arguments.no_prefix_cache
     params.cache_ram_mib = arguments.prefix_cache_mib
-    for cpu in (params.cpuparams, params.cpuparams_batch):
-        cpu.n_threads = arguments.threads or max(1, len(os.sched_getaffinity(0)))
-        cpu.poll = arguments.poll
+    params.n_batch = arguments.batch
+    params.n_ubatch = min(arguments.ubatch, arguments.batch)
+    flash = f"LLAMA_FLASH_ATTN_TYPE_{_FLASH_ATTENTION[arguments.flash_attention]}"
+    params.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, flash)
+    params.n_cache_reuse = arguments.cache_reuse
+    threads = arguments.threads or max(1, len(os.sched_getaffinity(0)))
+    params.cpuparams.n_threads = threads
+    params.cpuparams_batch.n_threads = arguments.threads_batch or threads
+    params.cpuparams.poll = params.cpuparams_batch.poll = arguments.poll
     if key := os.environ.pop(KEY_VARIABLE, ""):
         params.api_keys = [key]
     params.endpoint_metrics = True
@@ -91,6 +105,10 @@ def build_params(arguments: argparse.Namespace) -> Any:
         params.speculative.draft.mparams.path = arguments.draft_model
         params.speculative.draft.n_max = arguments.draft_tokens
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+    if arguments.ngram_draft:
+        params.speculative.ngram_simple.size_n = arguments.ngram_match
+        params.speculative.ngram_simple.size_m = arguments.ngram_draft
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
     if arguments.embedding or arguments.rerank:
         params.embedding = True
     if arguments.rerank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from lowbit.engines.flags import EngineProfile, gib, mib, switch
 from lowbit.engines.vllm import VLLM
@@ -38,6 +39,13 @@ LLAMA_CPP = EngineProfile(
         "draft_tokens": "--draft-tokens",
         "gpu_layers": "--gpu-layers",
         "threads": "--threads",
+        "threads_batch": "--threads-batch",
+        "batch": "--batch",
+        "ubatch": "--ubatch",
+        "flash_attention": lambda value: ("--flash-attention", "on" if value else "off"),
+        "cache_reuse": "--cache-reuse",
+        "ngram_draft": "--ngram-draft",
+        "ngram_match": "--ngram-match",
         "mmproj": "--mmproj",
     },
     refused={
@@ -195,7 +203,13 @@ MLC = EngineProfile(
     health="/v1/models",
 )
 
-ENGINES: Mapping[str, EngineProfile] = {
-    profile.name: profile for profile in (LLAMA_CPP, VLLM, SGLANG, LMDEPLOY, TENSORRT_LLM, TGI, OLLAMA, MISTRAL_RS, MLC)
+_LLAMA_CPP_ONLY = dict.fromkeys(
+    ("threads_batch", "batch", "ubatch", "flash_attention", "cache_reuse", "ngram_draft", "ngram_match"),
+    "a setting of llama.cpp: give this engine's own flags as extra",
+)
+
+ENGINES: Mapping[str, EngineProfile] = {LLAMA_CPP.name: LLAMA_CPP} | {
+    profile.name: replace(profile, refused={**_LLAMA_CPP_ONLY, **profile.refused})
+    for profile in (VLLM, SGLANG, LMDEPLOY, TENSORRT_LLM, TGI, OLLAMA, MISTRAL_RS, MLC)
 }
 """Profiles by the name that ``engine:`` of a tier takes."""

@@ -103,6 +103,13 @@ class FlagsConfig(Strict):
     gpu_layers: int | None = None
     gpu_memory: Annotated[float, Field(gt=0, le=1)] | None = None
     threads: Count | None = None
+    threads_batch: Count | None = None
+    batch: Count | None = None
+    ubatch: Count | None = None
+    flash_attention: bool | None = None
+    cache_reuse: Count | None = None
+    ngram_draft: Count | None = None
+    ngram_match: Count | None = None
     mmproj: str | None = None
     extra: list[str] = []
 
