@@ -11,6 +11,8 @@ from typing import NoReturn
 
 from lowbit import __version__
 from lowbit.cli import (
+    backup,
+    backup_verify,
     bench,
     chat,
     convert,
@@ -21,8 +23,10 @@ from lowbit.cli import (
     generate,
     imatrix,
     inspect,
+    prune,
     quantize,
     recommend,
+    restore,
     serve,
     verify,
 )
@@ -42,6 +46,10 @@ VERBS = {
     "chat": chat,
     "serve": serve,
     "bench": bench,
+    "backup": backup,
+    "backup-verify": backup_verify,
+    "restore": restore,
+    "prune": prune,
     "demo": demo,
 }
 """Verb to the module with its ``HELP``, ``EXAMPLES``, ``add_arguments`` and ``run``."""
