@@ -120,7 +120,8 @@ class TierConfig(Strict):
 
     ``memory`` defaults to the planner's figure, ``kl`` to the certificate in the checkpoint's manifest, ``bits`` to
     what the name says (int4, q8_0, bf16) or the checkpoint. ``api_key`` is for the engine behind ``url``: ``env:NAME``.
-    ``python`` names an interpreter of another environment, for vLLM.
+    ``python`` names an interpreter of another environment, for vLLM. ``tuned`` is what ``lowbit tune`` measured; it
+    means nothing to serving.
     """
 
     name: str
@@ -143,6 +144,7 @@ class TierConfig(Strict):
     pinned: bool = False
     ready_timeout: Seconds = 600.0
     hang_timeout: Seconds = 60.0
+    tuned: dict[str, Any] = {}
 
     @field_validator("name")
     @classmethod
