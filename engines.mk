@@ -5,7 +5,7 @@ ENVIRONMENT  := $(BIN)/python tests/engines/environments.py
 ENGINE_MODEL ?= demo
 BENCH        ?=
 
-.PHONY: test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-gateway bench-gguf test-llamacpp
+.PHONY: docs pictures test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-gateway bench-gguf test-llamacpp
 
 test-engines: test-transformers test-gptqmodel test-vllm  ## Every checkpoint format in every engine
 
@@ -33,6 +33,13 @@ test-llamacpp: $(VENV)/.installed-dev  ## The types of GGUF mixes against those 
 
 bench-gguf: $(VENV)/.installed-dev  ## GGUF files beside llama.cpp's own: accuracy, time, memory
 	$(BIN)/python benchmarks/gguf_files.py $(BENCH)
+
+docs: $(VENV)/.installed-dev  ## Build the documentation site into build/site
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --quiet
+
+pictures: $(VENV)/.installed-dev  ## Draw the theory pages' pictures again, from the embedded model
+	$(BIN)/python docs/theory/pictures.py
 
 $(ENGINES)/.made: $(VENV)/.installed-dev $(shell find src -name '*.py') $(wildcard tests/engines/*.py)
 	rm -rf $(ENGINES)
