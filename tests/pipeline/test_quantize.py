@@ -97,6 +97,21 @@ def test_calibrated_methods_beat_rounding(tiny_llama: Path, calibration_file: Pa
     assert divergence["awq"] < divergence["rtn"]
 
 
+def test_a_transform_goes_before_any_method(tiny_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
+    """AWQ's scaling and GPTQ's solving together, and AWQ's clipping without its scaling."""
+    both = _quantize(tiny_llama, tmp_path / "both", calibration_file, method="gptq", transform="awq", bits=8)
+    assert {report.method for report in both.modules} == {"gptq"}
+    assert any(report.scaled for report in both.modules)
+    assert _divergence(tiny_llama, tmp_path / "both", calibration_file) < 5e-3
+    neither = _quantize(tiny_llama, tmp_path / "clip", calibration_file, method="awq", transform="none", bits=8)
+    assert not any(report.scaled for report in neither.modules)
+    norms = [name for name in load_file(tiny_llama / "model.safetensors") if "norm" in name]
+    kept, changed = (load_file(tmp_path / name / "model.safetensors") for name in ("clip", "both"))
+    original = load_file(tiny_llama / "model.safetensors")
+    assert all(torch.equal(kept[name], original[name]) for name in norms)
+    assert not all(torch.equal(changed[name], original[name]) for name in norms)
+
+
 def test_memory_budget_changes_nothing(tiny_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
     """With too little memory to keep states between stages, every stage runs again from the block's input."""
     _quantize(tiny_llama, tmp_path / "kept", calibration_file, memory=2**33)
@@ -169,6 +184,7 @@ def test_static_ordering_needs_no_g_idx(tiny_llama: Path, calibration_file: Path
         ({"bits": 9}, UsageError, "bits must be 2 to 8"),
         ({"bits": 3, "format": "awq"}, UnsupportedError, "4 bits"),
         ({"method": "gtpq"}, UsageError, "gptq"),
+        ({"transform": "akq"}, UsageError, "awq"),
         ({"format": "gguff"}, UsageError, "unknown format"),
         ({"skip": ["down_proj"]}, UsageError, "matches no module"),
         ({"smaples": 3}, UsageError, "samples"),

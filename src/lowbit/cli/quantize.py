@@ -9,6 +9,7 @@ from lowbit.cli.options import (
     FORMATS,
     METHODS,
     SOURCE_HELP,
+    TRANSFORMS,
     add_calibration_arguments,
     add_compute_arguments,
     add_report_arguments,
@@ -26,6 +27,7 @@ EXAMPLES = """\
   lowbit quantize demo demo-int4 --method gptq
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-W4A16 --calibration chats.jsonl --memory 6GiB
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-awq --method awq --format awq --asym
+  lowbit quantize ./Qwen3-8B ./out --method gptq --transform awq --bits 3
   lowbit quantize ./Qwen3-8B ./out --bits 8 --group-size -1 --skip '.*down_proj' --target vllm==0.32
   lowbit quantize ./Qwen3-8B Qwen3-8B-Q4_K_M.gguf --scheme Q4_K_M --imatrix auto --calibration chats.jsonl
   lowbit quantize ./Qwen3-8B Qwen3-8B.gguf --scheme IQ3_XS --imatrix model.imatrix.gguf --type ffn_down=Q4_K
@@ -43,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default), Q6_K, IQ3_XS …",
     )
     what.add_argument("--method", choices=METHODS, help="how weights are rounded (default: gptq)")
+    what.add_argument(
+        "--transform",
+        choices=TRANSFORMS,
+        help="rewrite the weights before, without changing what the model computes (default: what the method brings)",
+    )
     what.add_argument("--format", choices=(*FORMATS[:-1], "gguf"), help="file format (default: compressed-tensors)")
     what.add_argument("--bits", type=int, metavar="N", help="2 to 8, overrides the scheme")
     what.add_argument(
@@ -116,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
             group_size=arguments.group_size,
             symmetric=arguments.symmetric,
             ordering=arguments.ordering,
+            transform=arguments.transform,
             calibration=arguments.calibration,
             samples=arguments.samples,
             seq_len=arguments.seq_len,

@@ -43,6 +43,7 @@ class QuantizeSettings(TypedDict, total=False):
     group_size: int | None
     symmetric: bool | None
     ordering: str | None
+    transform: str | None
     recipe: str | Path | Recipe | None
     skip: Sequence[str]
     target: str | None

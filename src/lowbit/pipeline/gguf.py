@@ -103,6 +103,7 @@ _ELSEWHERE = {
     "method": "each type has its own search, weighted by --imatrix",
     **dict.fromkeys(("bits", "group_size", "symmetric"), _SCHEME),
     "ordering": "columns keep their order",
+    "transform": "the weights are rounded as they are",
     "recipe": "use --scheme and --type REGEX=TYPE",
     "skip": "keep tensors as floats with --type REGEX=F16",
     "format": "the name of the output says what it is",

@@ -50,6 +50,7 @@ class Settings:
     group_size: int | None = None
     symmetric: bool | None = None
     ordering: str | None = None
+    transform: str | None = None
     calibration: str | Path | None = None
     samples: int = 128
     seq_len: int = 2048
@@ -78,7 +79,7 @@ class Settings:
         recipe = self.recipe if isinstance(self.recipe, Recipe) else None
         if recipe is None:
             recipe = Recipe.from_yaml(self.recipe) if isinstance(self.recipe, str | Path) else Recipe()
-        names = ("scheme", "method", "format", "bits", "group_size", "symmetric", "ordering")
+        names = ("scheme", "method", "format", "bits", "group_size", "symmetric", "ordering", "transform")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(recipe, **given).with_rules([Rule(pattern, skip=True) for pattern in self.skip])
 
