@@ -12,8 +12,8 @@ from lowbit.errors import UsageError
 METHODS = ("gptq", "awq", "rtn")
 TRANSFORMS = ("awq", "none")
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "dense")
-"""The names in the registries of methods, transforms and codecs, repeated here so that ``--help`` needs no torch; a test
-holds them together."""
+"""The names in the registries of methods, transforms and codecs, repeated here so that ``--help`` needs no torch; a
+test holds them together."""
 
 SOURCE_HELP = "a Hugging Face directory, a .gguf file, a hub id (owner/name), or 'demo', the model that comes along"
 
