@@ -77,7 +77,9 @@ class AwqCodec:
         """Names of the tensors of a module."""
         return frozenset(("qweight", "qzeros", "scales"))
 
-    def encode(self, q: WeightTensor, input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def encode(
+        self, q: WeightTensor, input_scale: torch.Tensor | None = None, *, inputs: ActivationSpec | None = None
+    ) -> dict[str, torch.Tensor]:
         """Tensors of one module."""
         q = integer_weight(self, q)
         if q.group_index is not None:

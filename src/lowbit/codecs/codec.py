@@ -61,10 +61,13 @@ class Codec(Protocol):
         """Names of the tensors that :meth:`encode` makes of a weight, the scale of its inputs not counted."""
         ...
 
-    def encode(self, q: WeightTensor, input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Tensors of one module; ``input_scale`` float32 ``[1]`` is that of inputs that need a calibrated one.
+    def encode(
+        self, q: WeightTensor, input_scale: torch.Tensor | None = None, *, inputs: ActivationSpec | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Tensors of one module whose inputs are quantized as ``inputs`` (None: they are not).
 
-        Raises :class:`UnsupportedError` with the reasons if the format cannot hold ``q``.
+        ``input_scale`` float32 ``[1]`` is that of inputs that need a calibrated one. Raises :class:`UnsupportedError`
+        with the reasons if the format cannot hold ``q``.
         """
         ...
 

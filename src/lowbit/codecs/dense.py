@@ -41,7 +41,9 @@ class DenseCodec:
         """``weight`` alone."""
         return frozenset(("weight",))
 
-    def encode(self, q: WeightTensor, input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def encode(
+        self, q: WeightTensor, input_scale: torch.Tensor | None = None, *, inputs: ActivationSpec | None = None
+    ) -> dict[str, torch.Tensor]:
         """The weight, computed in float32 and rounded to the dtype of the scales."""
         return {"weight": q.dequantize(q.spec.scale_dtype)}
 

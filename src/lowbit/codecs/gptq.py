@@ -93,7 +93,9 @@ class GptqCodec:
         """Names of the tensors of a module."""
         return frozenset(("qweight", "qzeros", "scales", "g_idx"))
 
-    def encode(self, q: WeightTensor, input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def encode(
+        self, q: WeightTensor, input_scale: torch.Tensor | None = None, *, inputs: ActivationSpec | None = None
+    ) -> dict[str, torch.Tensor]:
         """Tensors of one module. A ``group_index`` is kept in ``g_idx`` (then ``desc_act`` must be set)."""
         q = integer_weight(self, q)
         spec = q.spec

@@ -9,7 +9,7 @@ import torch
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.codecs.awq import AwqCodec
-from lowbit.codecs.codec import Codec, StoredGrid, StoredModule
+from lowbit.codecs.codec import INPUT_SCALES, Codec, StoredGrid, StoredModule
 from lowbit.codecs.compressed_tensors import CompressedTensorsCodec
 from lowbit.codecs.gguf.checkpoint import GgufCheckpoint
 from lowbit.codecs.gptq import GptqCodec
@@ -35,7 +35,7 @@ READERS: Mapping[str, Codec] = {
 }
 """Codec that reads each ``quant_method``."""
 
-_OPTIONAL = frozenset(("qzeros", "g_idx", "weight_g_idx", "weight_shape", "weight_zero_point"))
+_OPTIONAL = frozenset(("qzeros", "g_idx", "weight_g_idx", "weight_shape", "weight_zero_point", *INPUT_SCALES))
 _TELLTALES = (".qweight", ".weight_packed", ".weight_scale", ".SCB", ".absmax")
 
 
@@ -162,14 +162,14 @@ def _method(config: Mapping[str, Any]) -> str:
 def _exact(checkpoint: Checkpoint, module: str, entry: StoredGrid) -> StoredGrid:
     """The entry with the width that ``weight_shape`` gives, where the number of packed words leaves it open."""
     name = f"{module}.weight_shape"
-    if not isinstance(entry.codec, CompressedTensorsCodec) or entry.spec.group_size > 0:
+    if not isinstance(entry.codec, CompressedTensorsCodec) or entry.codec.storage != "pack-quantized":
         return entry
-    if name not in checkpoint.tensors:
+    if name not in checkpoint.tensors or entry.spec.group_size > 0:
         return entry
     shape = checkpoint.read(name).flatten().tolist()
-    words = checkpoint.tensors[f"{module}.weight_packed"].shape[1] if entry.codec.storage == "packed" else None
+    words = checkpoint.tensors[f"{module}.weight_packed"].shape[1]
     if len(shape) != 2 or shape[0] != entry.shape[0] or shape[1] <= 0:
         raise CheckpointError(f"tensor {name} says {shape}, which does not fit the stored weight")
-    if words is not None and words * 32 < shape[1] * entry.spec.bits:
+    if words * 32 < shape[1] * entry.spec.bits:
         raise CheckpointError(f"tensor {name} says {shape}, more than {words} words a row hold")
     return entry._replace(shape=(int(shape[0]), int(shape[1])))
