@@ -84,26 +84,51 @@ def test_llama_cpp_compute_buffers(shape: dict[str, int], context: int, slots: i
     assert (found - output) / MIB == pytest.approx(logged, abs=0.03)
 
 
-# Resident MiB of a whole process after a prompt of 600 tokens: file, shape, vocabulary, context, slots.
+SMALL = {"hidden": 256, "ffn": 512, "heads": 4}
+WIDE = {"hidden": 2048, "ffn": 5632, "heads": 32, "vocab": 32_000}
+# Resident MiB of a process of `lowbit serve` after prompts in every slot (benchmarks/memory.py): MiB of weights with
+# their copies, shape, blocks, KV heads, merges of the vocabulary, context, slots.
 RESIDENT = [
-    (70.1, {"hidden": 1024, "ffn": 4096, "heads": 16, "vocab": 8000}, 4, 4096, 1, 4, 156.3),
-    (189.7, {"hidden": 1024, "ffn": 4096, "heads": 16, "vocab": 8000}, 6, 4096, 1, 4, 285.9),
-    (366.0, {"hidden": 1024, "ffn": 4096, "heads": 16, "vocab": 128_000}, 4, 4096, 1, 4, 479.5),
-    (294.6, {"hidden": 1024, "ffn": 4096, "heads": 16, "vocab": 32_000}, 8, 2048, 4, 4, 436.9),
-    (1053.1, {"hidden": 2048, "ffn": 8192, "heads": 16, "head_dim": 128, "vocab": 32_000}, 8, 8192, 1, 4, 1292.8),
+    (1.7, SMALL | {"vocab": 2048}, 2, 2, 44, 512, 1, 40.3),
+    (1.7, SMALL | {"vocab": 2048}, 2, 2, 44, 512, 16, 54.0),
+    (1.7, SMALL | {"vocab": 2048}, 2, 2, 44, 512, 32, 65.5),
+    (9.5, SMALL | {"vocab": 32_000}, 2, 2, 44, 512, 16, 73.6),
+    (34.5, SMALL | {"vocab": 128_256}, 2, 2, 44, 512, 1, 92.9),
+    (34.5, SMALL | {"vocab": 128_256}, 2, 2, 44, 512, 16, 140.2),
+    (34.5, SMALL | {"vocab": 128_256}, 2, 2, 44, 512, 32, 183.2),
+    (3.3, SMALL | {"vocab": 8000}, 2, 2, 7742, 512, 4, 48.3),
+    (17.8, SMALL | {"vocab": 64_000}, 2, 2, 63_742, 512, 1, 80.7),
+    (17.8, SMALL | {"vocab": 64_000}, 2, 2, 63_742, 512, 4, 85.8),
+    (9.5, SMALL | {"vocab": 32_000}, 2, 2, 0, 512, 4, 57.7),
+    (1114.9, WIDE, 22, 4, 44, 2048, 4, 1382.9),
+    (1114.9, WIDE, 22, 4, 44, 8192, 16, 4036.9),
+    (1091.3, WIDE, 22, 4, 44, 512, 16, 1367.5),
 ]
 
 
-@pytest.mark.parametrize(("file", "shape", "blocks", "context", "slots", "kv_heads", "resident"), RESIDENT)
+@pytest.mark.parametrize(("file", "shape", "blocks", "kv_heads", "merges", "context", "slots", "resident"), RESIDENT)
 def test_llama_cpp_resident_memory_within_5_percent(
-    file: float, shape: dict[str, int], blocks: int, context: int, slots: int, kv_heads: int, resident: float
+    file: float,
+    shape: dict[str, int],
+    blocks: int,
+    kv_heads: int,
+    merges: int,
+    context: int,
+    slots: int,
+    resident: float,
 ) -> None:
-    base = model(**shape)
-    head_dim = shape.get("head_dim", 64)
-    layers = (LayerState(kv_heads=kv_heads, key_dim=head_dim, value_dim=head_dim),) * blocks
-    served = Served(base.shape, layers, weights=int(file * MIB))
+    layers = (LayerState(kv_heads=kv_heads, key_dim=64, value_dim=64),) * blocks
+    served = Served(model(**shape).shape, layers, weights=int(file * MIB), merges=merges)
     found = llama_cpp_memory(served, Load(context, slots, F16, 512, gpu=False)).total / MIB
     assert found == pytest.approx(resident, rel=0.05)
+
+
+def test_merges_that_are_not_known_count_as_many_as_tokens() -> None:
+    load = Load(512, 1, F16, 512, gpu=False)
+    known, unknown = (
+        llama_cpp_memory(Served(model().shape, (), 0, merges=merges), load).total for merges in (2000, None)
+    )
+    assert known == unknown
 
 
 def test_vllm_activations_of_published_logs() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from lowbit.checkpoint.location import WeightFiles, find_weights, is_hub_id
 from lowbit.checkpoint.safetensors import DTYPES, TensorInfo
 from lowbit.errors import CheckpointError
 
-__all__ = ["RemoteCheckpoint", "open_headers"]
+__all__ = ["RemoteCheckpoint", "hub_files", "is_elsewhere", "open_headers"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -26,11 +26,22 @@ _CONNECTIONS = 8
 
 
 class RemoteCheckpoint(Checkpoint):
-    """A hub model of which only headers are at hand. ``path`` is its id; reading a tensor raises CheckpointError."""
+    """A hub model of which only headers are at hand. ``path`` is its id; reading a tensor raises CheckpointError.
 
-    def __init__(self, name: str, config: dict[str, Any], weights: WeightFiles, quantization: dict[str, Any] | None):
+    ``sizes`` are bytes of weight files by name, as far as the hub tells them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: dict[str, Any],
+        weights: WeightFiles,
+        quantization: dict[str, Any] | None,
+        sizes: Mapping[str, int],
+    ) -> None:
         super().__init__(Path(name), config, weights)
         self._quantization = quantization
+        self.sizes = sizes
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -46,11 +57,12 @@ class RemoteCheckpoint(Checkpoint):
 def open_headers(source: str | Path, *, revision: str | None = None) -> Checkpoint | None:
     """The hub model ``source`` by its headers; a complete copy in the local cache is opened instead.
 
-    None where ``source`` is no hub id or a directory of that name exists. Raises :class:`CheckpointError` where the hub
-    cannot be reached, refuses, or has no safetensors files of that name.
+    None where ``source`` is no hub id, a directory of that name exists, or the hub model has nothing but GGUF files.
+    Raises :class:`CheckpointError` where the hub cannot be reached, refuses, or has no safetensors files of that name.
     """
-    if isinstance(source, Path) or Path(source).expanduser().exists() or not is_hub_id(source) or source == "demo":
+    if not is_elsewhere(source) or not is_hub_id(str(source)):
         return None
+    source = str(source)
     if (cached := _cached(source, revision)) is not None:
         return cached
     from huggingface_hub import HfApi
@@ -59,8 +71,10 @@ def open_headers(source: str | Path, *, revision: str | None = None) -> Checkpoi
 
     api = HfApi()
     with hub_errors(source, revision), _no_bars():
+        names = hub_files(source, revision)
+        if not any(name.endswith(".safetensors") for name in names) and any(name.endswith(".gguf") for name in names):
+            return None
         config = read_json_object(Path(api.hf_hub_download(source, "config.json", revision=revision)))
-        names = set(api.list_repo_files(source, revision=revision))
         files = _weight_files(source, names, lambda: api.hf_hub_download(source, _INDEX, revision=revision))
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             headers = list(pool.map(lambda file: _header(api, source, file, revision), files))
@@ -74,7 +88,20 @@ def open_headers(source: str | Path, *, revision: str | None = None) -> Checkpoi
         for info in _tensors(Path(source) / file, header.tensors)
     }
     weights = WeightFiles(MappingProxyType(tensors), tuple(Path(source) / file for file in files))
-    return RemoteCheckpoint(source, config, weights, quantization)
+    return RemoteCheckpoint(source, config, weights, quantization, {file: names[file] or 0 for file in files})
+
+
+def is_elsewhere(source: str | Path) -> bool:
+    """Whether ``source`` is a name that nothing here has."""
+    return not (isinstance(source, Path) or source == "demo" or Path(source).expanduser().exists())
+
+
+def hub_files(name: str, revision: str | None) -> dict[str, int | None]:
+    """The files of the hub model ``name`` and their bytes, None where the hub does not tell."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().model_info(name, revision=revision, files_metadata=True)
+    return {sibling.rfilename: sibling.size for sibling in found.siblings or ()}
 
 
 def _cached(source: str, revision: str | None) -> Checkpoint | None:
@@ -91,7 +118,7 @@ def _cached(source: str, revision: str | None) -> Checkpoint | None:
     return None if weights.pickles else Checkpoint(path, config, weights)
 
 
-def _weight_files(source: str, names: set[str], download_index: Any) -> list[str]:
+def _weight_files(source: str, names: Collection[str], download_index: Any) -> list[str]:
     if _INDEX in names:
         weight_map = read_json_object(Path(download_index()), unique=True).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

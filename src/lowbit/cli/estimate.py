@@ -23,7 +23,7 @@ ENGINES = ("vllm", "llama.cpp")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("model", metavar="MODEL", help=f"{SOURCE_HELP}; or a config.json alone")
+    parser.add_argument("model", metavar="MODEL", help=f"{SOURCE_HELP}, owner/name:Q4_K_M; or a config.json alone")
     add_load_arguments(parser)
     what = parser.add_argument_group("precisions")
     what.add_argument(

@@ -21,7 +21,7 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("model", metavar="MODEL", help=f"{SOURCE_HELP}; a GGUF file; or a config.json alone")
+    parser.add_argument("model", metavar="MODEL", help=f"{SOURCE_HELP}, owner/name:Q4_K_M; or a config.json alone")
     parser.add_argument(
         "--memory", metavar="SIZE", type=size_of("--memory"), help="memory of each device (default: what is here)"
     )

@@ -38,7 +38,8 @@ class Encoder:
 class Served:
     """A model as engines see it. ``weights`` are bytes on one device, ``embedding`` those of its token table.
 
-    ``repacked`` are bytes that llama.cpp copies into another order on a CPU, the mapped originals staying cached.
+    ``repacked`` are bytes that llama.cpp copies into another order on a CPU, the mapped originals staying cached;
+    ``merges`` of the vocabulary's byte-pair encoding, None where that is not known.
     """
 
     shape: ModelDescription
@@ -47,6 +48,7 @@ class Served:
     embedding: int = 0
     repacked: int = 0
     encoder: Encoder | None = None
+    merges: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def llama_cpp_memory(model: Served, load: Load) -> Memory:
     widest = max(4 * tokens * max(wide, 2 * shape.heads * shape.head_dim), logits)
     masks = 2 * tokens * (cache.cells + cache.sliding_cells)
     compute = 4 * tokens * 5 * shape.hidden + widest + masks
-    process = LLAMA_CPP_BASE + LLAMA_CPP_PER_TOKEN * shape.vocab
+    process = _llama_cpp_process(model, load.concurrency)
     if not load.gpu:
         parts = {"weights": model.weights, "kv cache": cache.bytes, "activations": compute + logits, "engine": process}
         return Memory(parts, reclaimable=model.repacked)
@@ -119,15 +121,31 @@ def llama_cpp_memory(model: Served, load: Load) -> Memory:
     return Memory(parts, host=process + model.embedding + logits)
 
 
+def _llama_cpp_process(model: Served, slots: int) -> int:
+    """The process itself: code and start-up, the vocabulary's tables, and the sampler and the threads of each slot."""
+    vocab = model.shape.vocab
+    tables = LLAMA_CPP_TOKEN * vocab + LLAMA_CPP_MERGE * (vocab if model.merges is None else model.merges)
+    samplers = slots * (LLAMA_CPP_CANDIDATE * vocab + LLAMA_CPP_SLOT)
+    return LLAMA_CPP_BASE + tables + samplers + min(slots, LLAMA_CPP_ARENAS) * LLAMA_CPP_ARENA
+
+
 MEMORY: Mapping[str, Callable[[Served, Load], Memory]] = {VLLM: vllm_memory, LLAMA_CPP: llama_cpp_memory}
 """The formula of each engine."""
 
 BATCH_TOKENS: Mapping[str, int] = {VLLM: 2048, LLAMA_CPP: 512}
 """Tokens computed at a time unless a flag says otherwise."""
 
-LLAMA_CPP_BASE = 36 * MIB
-LLAMA_CPP_PER_TOKEN = 225
-"""Resident bytes of a llama.cpp process, and per token of the vocabulary (measured, release of autumn 2026)."""
+LLAMA_CPP_BASE = 31 * MIB
+"""Resident bytes of a process of ``lowbit serve`` with llama.cpp in it: 20 MiB of code, 11 of its own. This and the
+next were measured with the release of autumn 2026: one model of two blocks with vocabularies of 2,048, 8,000, 32,000,
+64,000 and 128,256 tokens, with and without merges, and 1 to 32 slots (``benchmarks/memory.py`` measures them again)."""
+LLAMA_CPP_TOKEN, LLAMA_CPP_MERGE = 150, 230
+"""Of the tables of a vocabulary, for each token and for each merge."""
+LLAMA_CPP_CANDIDATE = 12
+"""Of each slot's sampler, for each token: its id, logit and probability."""
+LLAMA_CPP_SLOT = MIB // 5
+LLAMA_CPP_ARENA, LLAMA_CPP_ARENAS = 9 * MIB // 20, 8
+"""Of each slot; and of the allocator's arenas of the threads that serve them, which are bounded."""
 
 VLLM_CPU_BASE = 1400 * MIB
 """Resident bytes of vLLM's CPU processes without weights and cache."""

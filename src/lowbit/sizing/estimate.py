@@ -254,6 +254,7 @@ def served_model(model: HeaderModel, variant: Variant, devices: int = 1, *, avx2
         embedding=kinds.get("embedding", 0),
         repacked=variant.repacked if avx2 else 0,
         encoder=image_encoder(model.checkpoint.config),
+        merges=model.merges,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +13,11 @@ import torch
 
 from lowbit.checkpoint import Checkpoint, ModelDescription
 from lowbit.checkpoint.layers import LayerState, layer_states
-from lowbit.checkpoint.remote import open_headers
+from lowbit.checkpoint.remote import RemoteCheckpoint, open_headers
 from lowbit.codecs import module_plan, stored_format
-from lowbit.codecs.gguf.metadata import MetadataValue
+from lowbit.codecs.gguf.checkpoint import GgufCheckpoint
+from lowbit.codecs.gguf.metadata import MetadataValue, Typed
+from lowbit.codecs.gguf.remote import RemoteGguf, open_gguf_headers
 from lowbit.codecs.opening import open_model
 from lowbit.codecs.reading import dense_names
 from lowbit.errors import UnsupportedError
@@ -59,6 +61,24 @@ class HeaderModel:
     vocabulary: dict[str, MetadataValue] = field(default_factory=dict)
 
     @property
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes of the weight files by name; of those only that are here or that the hub told about."""
+        checkpoint = self.checkpoint
+        if isinstance(checkpoint, RemoteCheckpoint | RemoteGguf):
+            return {name: size for name, size in checkpoint.sizes.items() if size}
+        return {file.name: file.stat().st_size for file in checkpoint.files if file.is_file()}
+
+    @property
+    def merges(self) -> int | None:
+        """Merges of the vocabulary's byte-pair encoding; None where it has not been looked at."""
+        known = self.checkpoint.gguf.metadata if isinstance(self.checkpoint, GgufCheckpoint) else self.vocabulary
+        if "tokenizer.ggml.model" not in known:
+            return None
+        merges = known.get("tokenizer.ggml.merges", ())
+        merges = merges.value if isinstance(merges, Typed) else merges
+        return len(merges) if isinstance(merges, Sequence) else None
+
+    @property
     def parameters(self) -> int:
         """Numbers in all tensors."""
         return sum(math.prod(shape) for _, shape in self.dense.values())
@@ -76,11 +96,17 @@ class HeaderModel:
 def open_header_model(source: str | Path, *, revision: str | None = None, like: str | None = None) -> HeaderModel:
     """Open a directory, a GGUF file, ``demo``, a hub id, or a ``config.json`` alone, by its headers.
 
+    A GGUF file on the hub is ``owner/name:Q4_K_M`` or ``owner/name/FILE.gguf``.
+
     ``like`` names the family by whose rules the cache of an unknown one is counted. Raises :class:`CheckpointError`
     and :class:`UnsupportedError` as opening does, and for an unknown family.
     """
-    checkpoint = open_config(source) or open_headers(source, revision=revision)
-    checkpoint = checkpoint or open_model(source, revision=revision)
+    checkpoint = (
+        open_config(source)
+        or open_headers(source, revision=revision)
+        or open_gguf_headers(source, revision=revision)
+        or open_model(source, revision=revision)
+    )
     plan = module_plan(checkpoint)
     where = str(checkpoint.path)
     dtype = model_dtype(checkpoint)

@@ -76,7 +76,7 @@ def _reads_as_number_format(name: str) -> bool:
 def _stored(model: HeaderModel) -> Variant:
     """The model as it is."""
     checkpoint = model.checkpoint
-    files = {file.name: file.stat().st_size for file in checkpoint.files if file.is_file()}
+    files = model.file_sizes
     tensors = {name: info.nbytes for name, info in checkpoint.tensors.items()}
     exact = len(files) == len(checkpoint.files)
     if not checkpoint.files:

@@ -14,8 +14,8 @@ from lowbit.checkpoint.location import WeightFiles
 from lowbit.checkpoint.safetensors import check_rows, read_rows, read_tensor, tensor_bytes
 from lowbit.codecs.codec import StoredBlocks
 from lowbit.codecs.gguf.blocks import GgufCodec
-from lowbit.codecs.gguf.container import GgufFile, open_gguf
-from lowbit.codecs.gguf.importing import ImportedTensor, import_plan
+from lowbit.codecs.gguf.container import GgufFile, open_gguf, read_blocks
+from lowbit.codecs.gguf.importing import BlockReader, ImportedTensor, import_plan
 from lowbit.codecs.gguf.rebuilding import write_tokenizer
 
 __all__ = ["GgufCheckpoint", "open_gguf_checkpoint"]
@@ -40,8 +40,8 @@ class GgufCheckpoint(Checkpoint):
     ``modules``   quantized module to how its weight is stored
     """
 
-    def __init__(self, file: GgufFile) -> None:
-        plan = import_plan(file)
+    def __init__(self, file: GgufFile, read: BlockReader = read_blocks) -> None:
+        plan = import_plan(file, read)
         self.gguf = file
         self._imported = plan.tensors
         tensors = {name: _info(tensor) for name, tensor in plan.tensors.items()}

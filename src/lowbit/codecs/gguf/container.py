@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +36,7 @@ __all__ = [
     "open_gguf",
     "read_blocks",
     "read_gguf",
+    "read_gguf_stream",
     "write_gguf",
 ]
 
@@ -116,19 +117,25 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     path = Path(path)
     try:
         with path.open("rb", buffering=0) as file:
-            return _read(file, os.fstat(file.fileno()).st_size, path)
+            return read_gguf_stream(file, os.fstat(file.fileno()).st_size, path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
+def open_gguf(
+    path: str | os.PathLike[str],
+    *,
+    read: Callable[[Path], GgufFile] = read_gguf,
+    exists: Callable[[Path], bool] = Path.is_file,
+) -> GgufFile:
     """:func:`read_gguf`, and where the model is split, of all its files; any of them may be named.
 
-    Raises :class:`CheckpointError` for a file that is missing or contradicts the others.
+    ``read`` and ``exists`` stand in for the file system where the files are elsewhere. Raises :class:`CheckpointError`
+    for a file that is missing or contradicts the others.
     """
-    first = read_gguf(path)
+    first = read(Path(path))
     count = _count(first, "split.count")
     if count <= 1:
         return first
@@ -139,9 +146,9 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     shards = []
     for number in range(count):
         name = path.with_name(f"{match['stem']}-{number + 1:05d}-of-{count:05d}.gguf")
-        if not name.is_file():
+        if not exists(name):
             raise CheckpointError(f"{name}: this part of the model is missing, there are {count}; download it again")
-        shards.append(first if name == path else read_gguf(name))
+        shards.append(first if name == path else read(name))
     return _merged(shards)
 
 
@@ -171,7 +178,9 @@ def _count(file: GgufFile, key: str, default: int = 0) -> int:
     return value
 
 
-def _read(file: BinaryIO, size: int, path: Path) -> GgufFile:
+def read_gguf_stream(file: BinaryIO, size: int, path: Path) -> GgufFile:
+    """:func:`read_gguf` of ``size`` bytes that are read from ``file``, no more of them than the header and a piece of
+    1 MiB; ``path`` is what they are called."""
     cursor = Cursor(file, size, path)
     if size < 24:
         raise cursor.fail(f"{size} bytes are too few for a GGUF file")

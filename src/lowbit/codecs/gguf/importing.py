@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lowbit.codecs.gguf.container import GgufFile, GgufTensor, read_blocks
@@ -15,7 +16,10 @@ from lowbit.codecs.gguf.hyperparameters import config_from_metadata, heads_of
 from lowbit.codecs.gguf.orders import RowOrder, inverse, row_order
 from lowbit.errors import CheckpointError, UnsupportedError
 
-__all__ = ["ImportPlan", "ImportedTensor", "import_plan"]
+__all__ = ["BlockReader", "ImportPlan", "ImportedTensor", "import_plan"]
+
+BlockReader = Callable[[GgufTensor], npt.NDArray[np.uint8]]
+"""Gives a tensor's bytes as stored."""
 
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,8 +58,8 @@ class ImportPlan:
     tensors: dict[str, ImportedTensor]
 
 
-def import_plan(file: GgufFile) -> ImportPlan:
-    """Names, config and places of a GGUF model's tensors; reads no tensor but rotary frequencies.
+def import_plan(file: GgufFile, read: BlockReader = read_blocks) -> ImportPlan:
+    """Names, config and places of a GGUF model's tensors; reads no tensor but rotary frequencies, with ``read``.
 
     Raises :class:`UnsupportedError` for an architecture that lowbit does not know, :class:`CheckpointError` for a
     tensor or key that is missing or contradicts the others.
@@ -68,7 +72,7 @@ def import_plan(file: GgufFile) -> ImportPlan:
     if type(blocks) is not int or not 0 < blocks <= len(file.tensors):
         raise CheckpointError(f"{file.path}: block_count {blocks!r:.80} contradicts its {len(file.tensors)} tensors")
     config = config_from_metadata(
-        family, file.metadata, _rope_tensors(file), vocabulary=embedding.shape[0], where=str(file.path)
+        family, file.metadata, _rope_tensors(file, read), vocabulary=embedding.shape[0], where=str(file.path)
     )
     reader = _Reader(family, config, file)
     tensors = {tensor.name: tensor for tensor in reader.tensors()}
@@ -95,7 +99,7 @@ def _family(file: GgufFile) -> Family:
     return found[0]
 
 
-def _rope_tensors(file: GgufFile) -> dict[str, torch.Tensor]:
+def _rope_tensors(file: GgufFile, read: BlockReader) -> dict[str, torch.Tensor]:
     found = {}
     for name in _ROPE_TENSORS:
         tensor = file.tensors.get(name)
@@ -103,7 +107,7 @@ def _rope_tensors(file: GgufFile) -> dict[str, torch.Tensor]:
             continue
         if tensor.type.name != "F32" or len(tensor.shape) != 1:
             raise CheckpointError(f"{file.path}: tensor {name} must be a vector of F32")
-        found[name] = torch.from_numpy(read_blocks(tensor).view(np.float32).reshape(-1))
+        found[name] = torch.from_numpy(read(tensor).view(np.float32).reshape(-1))
     return found
 
 
