@@ -46,6 +46,7 @@ PRESETS: Mapping[str, Scheme] = {
     "MXFP4A16": Scheme(FloatSpec("e2m1", 32, scale="e8m0")),
     "MXFP8": Scheme(FloatSpec("e4m3", 32, scale="e8m0"), ActivationSpec("e4m3", "group", group_size=32, scale="e8m0")),
     "MXFP8A16": Scheme(FloatSpec("e4m3", 32, scale="e8m0")),
+    "LLM_INT8": Scheme(IntSpec(8, PER_CHANNEL), ActivationSpec("int8", outliers=6.0)),
     "NF4": Scheme(CodebookSpec("nf4")),
     "NF4_DQ": Scheme(CodebookSpec("nf4", double_quant=True)),
     "FP4": Scheme(CodebookSpec("fp4")),
