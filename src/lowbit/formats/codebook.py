@@ -18,22 +18,25 @@ __all__ = ["CODEBOOKS", "CodebookSpec", "CodebookTensor", "NestedScales", "nest"
 
 NESTED_BLOCK = 256
 """Block maxima that share one maximum of their own under double quantization."""
+_SMALLEST = 1e-38
+"""A maximum below this counts as this: its inverse is still finite."""
 
 
-def _normal_float() -> tuple[float, ...]:
-    """The 16 values of NF4: quantiles of the standard normal, 8 positive and 7 negative ones and zero, scaled to 1."""
-    end = 0.9677083
-    positive = torch.special.ndtri(torch.linspace(end, 0.5, 9, dtype=torch.float64)[:-1])
-    negative = -torch.special.ndtri(torch.linspace(end, 0.5, 8, dtype=torch.float64)[:-1])
-    values = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)])
-    return tuple((values / values.max()).float().tolist())
-
+# fmt: off
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
+# fmt: on
+_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 CODEBOOKS: Mapping[str, tuple[float, ...]] = {
-    "nf4": _normal_float(),
-    "fp4": tuple(sign * value / 12.0 for sign in (1.0, -1.0) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+    "nf4": _NF4,
+    "fp4": tuple(sign * value / 12.0 for sign in (1.0, -1.0) for value in _FP4_MAGNITUDES),
 }
-"""Value of each code."""
+"""Value of each code. NF4's are its paper's: quantiles of a normal distribution, as float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +159,8 @@ def quantize(weight: torch.Tensor, spec: CodebookSpec) -> CodebookTensor:
     maxima = padded.abs().amax(1)
     if not bool(torch.isfinite(maxima).all()):
         raise NumericsError("a weight is NaN or infinite: the source checkpoint is damaged")
-    scaled = (padded / torch.where(maxima > 0, maxima, torch.ones_like(maxima))[:, None]).flatten()[: flat.shape[0]]
+    # times the inverse, as bitsandbytes does: a quotient would round otherwise at the edges between two codes
+    scaled = (padded * (1.0 / maxima.clamp_min(_SMALLEST))[:, None]).clamp_(-1, 1).flatten()[: flat.shape[0]]
     table = torch.tensor(CODEBOOKS[spec.codebook], device=weight.device)
     ordered, codes = torch.sort(table, stable=True)
     nearest = torch.bucketize(scaled, (ordered[1:] + ordered[:-1]) / 2)
@@ -171,10 +175,10 @@ def dynamic_table() -> torch.Tensor:
     """
     positive = []
     for exponent in range(7):
-        bounds = torch.linspace(0.1, 1.0, 2 ** (6 - exponent) + 1, dtype=torch.float64)
+        bounds = torch.linspace(0.1, 1.0, 2 ** (6 - exponent) + 1)
         positive.append(10.0**-exponent * (bounds[1:] + bounds[:-1]) / 2)
     values = torch.cat(positive)
-    return torch.cat([values, -values, torch.tensor([0.0, 1.0], dtype=torch.float64)]).sort().values.float()
+    return torch.cat([values, -values, torch.tensor([0.0, 1.0])]).sort().values
 
 
 def nest(maxima: torch.Tensor) -> NestedScales:
