@@ -1,6 +1,6 @@
 """Build the environment of one engine or peer under `.venvs/<name>`, apart from the project's own.
 
-    python tests/engines/environments.py vllm|gptqmodel|llmcompressor|llamacpp
+    python tests/engines/environments.py vllm|gptqmodel|llmcompressor|bitsandbytes|hqq|autoround|llamacpp
 
 Idempotent: an environment whose stamp matches the recipe below (and the interpreter) is left as it is. Standard
 library only, because it runs before anything is installed. Torch is installed first, with the repository's
@@ -64,6 +64,28 @@ RECIPES: dict[str, Recipe] = {
         first=("torch==2.13.0", "setuptools>=77,<82", "wheel"),
         packages=("llmcompressor==0.14.0.1",),
     ),
+    "bitsandbytes": Recipe(
+        first=("torch==2.13.0", "setuptools>=77,<82", "wheel", "numpy"),
+        packages=("transformers>=5,<6", "accelerate", "bitsandbytes==0.50.2"),
+    ),
+    # transformers 5 says of HQQ that it will come; 4.57 loads it
+    "hqq": Recipe(
+        first=("torch==2.13.0", "setuptools>=77,<82", "wheel", "numpy"),
+        packages=("transformers==4.57.6", "accelerate", "hqq==0.2.8.post1"),
+        no_isolation=True,
+    ),
+    "autoround": Recipe(
+        first=("torch==2.13.0", "setuptools>=77,<82", "wheel", "numpy"),
+        packages=("auto-round==0.16.1", "transformers>=5,<6"),
+        no_isolation=True,
+    ),
+    # Ray beside lowbit itself, which its workers import
+    "ray": Recipe(
+        first=("torch==2.13.0", "setuptools>=77,<82", "wheel"),
+        packages=("ray[serve]==2.60.0", "-e", ".[serve,dev]"),
+    ),
+    # what reaches S3 and SSH, beside a server of the former for tests
+    "backup": Recipe(first=("moto[server,s3]==5.2.5", "s3fs>=2024.6", "paramiko>=3.4")),
     # llama.cpp's libraries for this machine's processor, and its converter (in the source), which needs the rest
     "llamacpp": SourceRecipe(
         first=("torch==2.13.0", "setuptools>=77,<82", "wheel", "numpy", "ninja"),
