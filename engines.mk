@@ -5,7 +5,7 @@ ENVIRONMENT  := $(BIN)/python tests/engines/environments.py
 ENGINE_MODEL ?= demo
 BENCH        ?=
 
-.PHONY: docs pictures test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-gateway bench-gguf test-llamacpp
+.PHONY: docs pictures test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-gateway bench-gguf test-llamacpp test-backup
 
 test-engines: test-transformers test-gptqmodel test-vllm  ## Every checkpoint format in every engine
 
@@ -40,6 +40,10 @@ docs: $(VENV)/.installed-dev  ## Build the documentation site into build/site
 
 pictures: $(VENV)/.installed-dev  ## Draw the theory pages' pictures again, from the embedded model
 	$(BIN)/python docs/theory/pictures.py
+
+test-backup: $(VENV)/.installed-dev  ## Backups at an S3 and an SSH server on this machine (wants openssh-server)
+	$(ENVIRONMENT) backup
+	$(BIN)/python tests/ops/remote_check.py .venvs/backup
 
 $(ENGINES)/.made: $(VENV)/.installed-dev $(shell find src -name '*.py') $(wildcard tests/engines/*.py)
 	rm -rf $(ENGINES)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 from lowbit.cli.backup_options import add_store_arguments, open_backup
-from lowbit.cli.options import SOURCE_HELP, add_report_arguments, size_of
+from lowbit.cli.options import SOURCE_HELP, add_report_arguments, parse_bytes
 from lowbit.cli.output import human_bytes, write_json
 from lowbit.cli.progress import create_progress
+from lowbit.errors import UsageError
 
 HELP = "keep models at another place, incrementally: every byte once, each file by its sha256"
 EXAMPLES = """\
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk",
         metavar="SIZE",
-        type=size_of("--chunk"),
+        type=chunk_size,
         help="cut files in pieces of so much, fixed by the first backup (default: 64MiB)",
     )
     parser.add_argument("--unverified", action="store_true", help="also keep a model that its lowbit.json disowns")
@@ -58,3 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"{human_bytes(result.new_bytes)} in {result.new_blobs} blobs were new, {result.unread} files unchanged"
     )
     return 0
+
+
+def chunk_size(text: str) -> int:
+    """The bytes of ``--chunk``: one chunk is held in memory at a time."""
+    size = parse_bytes(text, "--chunk")
+    if size > 1 << 30:
+        raise UsageError(f"--chunk {text!r} is more than 1GiB, which is held in memory at a time")
+    return size

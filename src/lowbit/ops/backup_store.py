@@ -70,11 +70,9 @@ def open_store(target: str, options: Mapping[str, str] | None = None) -> Store:
     protocol = target.partition("://")[0] if "://" in target else "file"
     if protocol in _LOCAL:
         target = str(Path(target.removeprefix(f"{protocol}://")).expanduser().absolute())
-    quiet: dict[str, Any] = {} if protocol in _LOCAL else {"use_listings_cache": False, "skip_instance_cache": True}
-    if protocol == "memory":
-        quiet = {}
+    fresh: dict[str, Any] = {"use_listings_cache": False} if protocol in _WHOLE_UPLOADS - {"memory"} else {}
     try:
-        filesystem, path = url_to_fs(target, **quiet, **(options or {}))
+        filesystem, path = url_to_fs(target, **fresh, **(options or {}))
     except ImportError as error:
         package = _PACKAGES.get(protocol, str(error))
         raise UnsupportedError(f"{shown}: {protocol}:// needs another package: pip install {package}") from error
