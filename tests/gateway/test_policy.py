@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import GIB, Engine, Ticket, World, make_policy, tier
 
-from lowbit.gateway.learning import Tick, initial, observe
+from lowbit.gateway.learning import LoadStarted, Tick, initial, learn
 from lowbit.gateway.policy import Load, Reject, Request, Route, Settings
 from lowbit.gateway.routing import decide, urgency
 
@@ -296,7 +296,18 @@ def test_waiting_raises_priority() -> None:
 
 def test_time_does_not_run_backwards() -> None:
     world = two_tiers()
-    assert observe(world.policy, replace(world.snapshot, now=5.0), Tick(3.0, {}, {})).now == 5.0
+    world.snapshot.now = 5.0
+    learn(world.policy, world.snapshot, Tick(3.0, {}, {}))
+    assert world.snapshot.now == 5.0
+
+
+def test_a_copy_stays_as_it_was() -> None:
+    world = two_tiers()
+    kept, before = world.snapshot.copy(1.0), repr(world.snapshot.tiers)
+    learn(world.policy, world.snapshot, LoadStarted("chat@bf16", 2.0))
+    learn(world.policy, world.snapshot, Tick(3.0, {"chat@bf16": 2}, {}))
+    assert (kept.now, repr(kept.tiers)) == (1.0, before)
+    assert repr(world.snapshot.tiers) != before
 
 
 # thousands of random schedules

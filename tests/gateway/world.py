@@ -91,9 +91,7 @@ class World:
         return self
 
     def feed(self, event: learning.Event) -> None:
-        before = self.snapshot
-        self.snapshot = learning.observe(self.policy, before, event)
-        for change in learning.changes(self.policy, before, self.snapshot):
+        for change in learning.learn(self.policy, self.snapshot, event):
             self.log.append((self.now, change.event, change.tier))
         self._check()
 
@@ -121,7 +119,7 @@ class World:
 
     def _pump(self) -> None:
         for ticket in sorted(self.waiting, key=lambda ticket: urgency(ticket.request, self.now)):
-            self.snapshot = dataclasses.replace(self.snapshot, now=self.now)
+            self.snapshot.now = self.now
             decision = decide(self.policy, self.snapshot, ticket.request, ticket.tried)
             if isinstance(decision, Route):
                 self.waiting.remove(ticket)

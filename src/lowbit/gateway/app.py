@@ -113,6 +113,8 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         finally:
             await state.pool.stop()
             await state.images.close()
+            for handler in LOGGER.handlers:
+                handler.flush()
 
 
 @web.middleware

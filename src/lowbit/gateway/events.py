@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
+
+from lowbit.gateway.wire import decode, encode
 
 __all__ = ["DONE", "EventReader", "data_event", "has_token", "iter_events"]
 
@@ -13,7 +14,7 @@ DONE = b"data: [DONE]\n\n"
 
 def data_event(value: Any) -> bytes:
     """One event with JSON in it."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + encode(value) + b"\n\n"
 
 
 def iter_events(buffer: bytes) -> Iterator[tuple[bytes, int]]:
@@ -55,7 +56,7 @@ class EventReader:
             if event == b"[DONE]":
                 self.finished = True
             else:
-                value = json.loads(event)
+                value = decode(event)
                 if not isinstance(value, dict):
                     raise ValueError(f"an event that is no object: {event[:80]!r}")
                 yield value

@@ -1,8 +1,8 @@
-"""What an event teaches: the snapshot after it. Pure; circuits and levels are kept here."""
+"""What an event teaches: circuits and levels are kept here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -24,9 +24,8 @@ __all__ = [
     "Started",
     "Tick",
     "Unloaded",
-    "changes",
     "initial",
-    "observe",
+    "learn",
 ]
 
 _SMOOTHING = 0.3
@@ -155,109 +154,135 @@ def initial(policy: Policy, now: float) -> Snapshot:
     return Snapshot(now, tiers, levels, policy.memory_budget)
 
 
-def observe(policy: Policy, snapshot: Snapshot, event: Event) -> Snapshot:
-    """The snapshot after ``event``."""
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something for the log and the metrics: ``event`` of :class:`lowbit.gateway.protocol.PoolListener`."""
+
+    event: str
+    tier: str
+    details: Mapping[str, Any]
+
+
+def learn(policy: Policy, snapshot: Snapshot, event: Event) -> Sequence[Change]:
+    """Bring ``snapshot`` up to date with ``event``; what became different of what people want to hear about."""
     if isinstance(event, Tick):
         return _tick(policy, snapshot, event)
     tier = policy.tiers[event.tier]
-    health = _HANDLERS[type(event)](policy.models[tier.model].settings, tier, snapshot.tiers[event.tier], event)
-    now = max(snapshot.now, event.now)
-    snapshot = replace(snapshot, now=now, tiers={**snapshot.tiers, event.tier: health})
+    health = snapshot.tiers[event.tier]
+    circuit = health.circuit
+    _HANDLERS[type(event)](policy.models[tier.model].settings, tier, health, event)
+    if event.now > snapshot.now:
+        snapshot.now = event.now
     if isinstance(event, Draining) and event.room_for is not None:
-        return replace(snapshot, reserved=event.room_for, reserved_until=now + _RESERVED)
-    if isinstance(event, LoadStarted) and snapshot.reserved == event.tier:
-        return replace(snapshot, reserved=None)
-    return snapshot
+        snapshot.reserved, snapshot.reserved_until = event.room_for, snapshot.now + _RESERVED
+    elif isinstance(event, LoadStarted) and snapshot.reserved == event.tier:
+        snapshot.reserved = None
+    return () if health.circuit == circuit else _circuit_changed(event.tier, health)
 
 
-def _started(settings: Settings, tier: TierPolicy, health: TierHealth, event: Started) -> TierHealth:
-    circuit = "half_open" if health.circuit == "open" else health.circuit
-    return replace(health, circuit=circuit, in_flight=health.in_flight + 1, last_used=event.now)
+def _circuit_changed(tier: str, health: TierHealth) -> Sequence[Change]:
+    if health.circuit == "closed":
+        return (Change("circuit_closed", tier, {}),)
+    if health.circuit == "half_open":
+        return ()
+    details = {"reason": health.reason, "failures": health.consecutive_failures, "cooldown": health.cooldown}
+    return (Change("circuit_opened", tier, details),)
 
 
-def _first_token(settings: Settings, tier: TierPolicy, health: TierHealth, event: FirstToken) -> TierHealth:
+def _started(settings: Settings, tier: TierPolicy, health: TierHealth, event: Started) -> None:
+    if health.circuit == "open":
+        health.circuit = "half_open"
+    health.in_flight += 1
+    health.last_used = event.now
+
+
+def _first_token(settings: Settings, tier: TierPolicy, health: TierHealth, event: FirstToken) -> None:
     # A probe's first token lets the others in; failures are forgotten only when an answer is complete, so that an
     # engine that breaks off every answer is found out.
-    circuit = "closed" if health.circuit == "half_open" else health.circuit
-    ttft = _average(health.ewma_ttft, event.seconds)
-    return replace(health, circuit=circuit, ewma_ttft=ttft, measured_at=event.now)
+    if health.circuit == "half_open":
+        health.circuit = "closed"
+    health.ewma_ttft = _average(health.ewma_ttft, event.seconds)
+    health.measured_at = event.now
 
 
-def _answered(settings: Settings, tier: TierPolicy, health: TierHealth, event: Answered) -> TierHealth:
+def _answered(settings: Settings, tier: TierPolicy, health: TierHealth, event: Answered) -> None:
     if event.itl is not None:
-        health = replace(health, ewma_itl=_average(health.ewma_itl, event.itl), measured_at=event.now)
+        health.ewma_itl = _average(health.ewma_itl, event.itl)
+        health.measured_at = event.now
     if health.circuit == "open":  # of a request from before it opened
-        return health
-    return replace(health, circuit="closed", consecutive_failures=0, openings=0, cooldown=0.0, reason="")
+        return
+    health.circuit, health.reason = "closed", ""
+    health.consecutive_failures = health.openings = 0
+    health.cooldown = 0.0
 
 
-def _failed(settings: Settings, tier: TierPolicy, health: TierHealth, event: Failed) -> TierHealth:
-    if event.incarnation != health.incarnation or health.state not in ("ready", "draining"):
-        return health  # a process that is gone: its end was counted once, by Crashed
-    return _count_failure(settings, health, event.now, event.reason)
+def _failed(settings: Settings, tier: TierPolicy, health: TierHealth, event: Failed) -> None:
+    # of a process that is gone nothing is counted: its end was, once, by Crashed
+    if event.incarnation == health.incarnation and health.state in ("ready", "draining"):
+        _count_failure(settings, health, event.now, event.reason)
 
 
-def _count_failure(settings: Settings, health: TierHealth, now: float, reason: str) -> TierHealth:
+def _count_failure(settings: Settings, health: TierHealth, now: float, reason: str) -> None:
     if health.circuit == "open":
-        return health
-    health = replace(health, consecutive_failures=health.consecutive_failures + 1, reason=reason)
+        return
+    health.consecutive_failures += 1
+    health.reason = reason
     if health.circuit == "half_open" or health.consecutive_failures >= settings.failures:
-        return _open(settings, health, now, settings.cooldown)
-    return health
+        _open(settings, health, now, settings.cooldown)
 
 
-def _open(settings: Settings, health: TierHealth, now: float, cooldown: float) -> TierHealth:
-    cooldown = min(cooldown * 2.0 ** min(health.openings, 30), max(settings.max_cooldown, cooldown))
-    return replace(health, circuit="open", opened_at=now, openings=health.openings + 1, cooldown=cooldown)
+def _open(settings: Settings, health: TierHealth, now: float, cooldown: float) -> None:
+    health.circuit, health.opened_at = "open", now
+    health.cooldown = min(cooldown * 2.0 ** min(health.openings, 30), max(settings.max_cooldown, cooldown))
+    health.openings += 1
 
 
-def _ended(settings: Settings, tier: TierPolicy, health: TierHealth, event: Ended) -> TierHealth:
-    return replace(health, in_flight=max(0, health.in_flight - 1), last_used=event.now)
+def _ended(settings: Settings, tier: TierPolicy, health: TierHealth, event: Ended) -> None:
+    health.in_flight = max(0, health.in_flight - 1)
+    health.last_used = event.now
 
 
-def _load_started(settings: Settings, tier: TierPolicy, health: TierHealth, event: LoadStarted) -> TierHealth:
-    return replace(health, state="loading", memory=tier.memory, changed_at=event.now)
+def _load_started(settings: Settings, tier: TierPolicy, health: TierHealth, event: LoadStarted) -> None:
+    health.state, health.memory, health.changed_at = "loading", tier.memory, event.now
 
 
-def _loaded(settings: Settings, tier: TierPolicy, health: TierHealth, event: Loaded) -> TierHealth:
-    return replace(
-        health,
-        state="ready",
-        circuit="closed" if health.circuit == "closed" else "half_open",
-        incarnation=health.incarnation + 1,
-        last_used=event.now,
-        changed_at=event.now,
-        ewma_ttft=None,
-        ewma_itl=None,
-        measured_at=-INFINITY,
-    )
+def _loaded(settings: Settings, tier: TierPolicy, health: TierHealth, event: Loaded) -> None:
+    health.state, health.changed_at, health.last_used = "ready", event.now, event.now
+    if health.circuit == "open":
+        health.circuit = "half_open"
+    health.incarnation += 1
+    _forget_speed(health)
 
 
-def _load_failed(settings: Settings, tier: TierPolicy, health: TierHealth, event: LoadFailed) -> TierHealth:
-    health = replace(health, state="failed", memory=0, changed_at=event.now, reason=event.reason)
-    return _open(settings, health, event.now, settings.cooldown * _LOAD_COOLDOWN)
+def _forget_speed(health: TierHealth) -> None:
+    health.ewma_ttft = health.ewma_itl = None
+    health.measured_at = -INFINITY
 
 
-def _draining(settings: Settings, tier: TierPolicy, health: TierHealth, event: Draining) -> TierHealth:
-    return replace(health, state="draining", changed_at=event.now)
+def _load_failed(settings: Settings, tier: TierPolicy, health: TierHealth, event: LoadFailed) -> None:
+    health.state, health.memory, health.changed_at, health.reason = "failed", 0, event.now, event.reason
+    _open(settings, health, event.now, settings.cooldown * _LOAD_COOLDOWN)
 
 
-def _unloaded(settings: Settings, tier: TierPolicy, health: TierHealth, event: Unloaded) -> TierHealth:
-    return replace(health, state="cold", memory=0, changed_at=event.now)
+def _draining(settings: Settings, tier: TierPolicy, health: TierHealth, event: Draining) -> None:
+    health.state, health.changed_at = "draining", event.now
 
 
-def _crashed(settings: Settings, tier: TierPolicy, health: TierHealth, event: Crashed) -> TierHealth:
-    health = replace(_count_failure(settings, health, event.now, event.reason), reason=event.reason)
-    return replace(health, state="loading", changed_at=event.now)
+def _unloaded(settings: Settings, tier: TierPolicy, health: TierHealth, event: Unloaded) -> None:
+    health.state, health.memory, health.changed_at = "cold", 0, event.now
 
 
-def _measured(settings: Settings, tier: TierPolicy, health: TierHealth, event: Measured) -> TierHealth:
-    if health.state in ("cold", "failed"):
-        return health
-    return replace(health, memory=max(tier.memory, event.memory))
+def _crashed(settings: Settings, tier: TierPolicy, health: TierHealth, event: Crashed) -> None:
+    _count_failure(settings, health, event.now, event.reason)
+    health.state, health.changed_at, health.reason = "loading", event.now, event.reason
 
 
-_HANDLERS: Mapping[type, Callable[[Settings, TierPolicy, TierHealth, Any], TierHealth]] = {
+def _measured(settings: Settings, tier: TierPolicy, health: TierHealth, event: Measured) -> None:
+    if health.state not in ("cold", "failed"):
+        health.memory = max(tier.memory, event.memory)
+
+
+_HANDLERS: Mapping[type, Callable[[Settings, TierPolicy, TierHealth, Any], None]] = {
     Started: _started,
     FirstToken: _first_token,
     Answered: _answered,
@@ -277,28 +302,25 @@ def _average(old: float | None, new: float) -> float:
     return new if old is None else old + _SMOOTHING * (new - old)
 
 
-def _tick(policy: Policy, snapshot: Snapshot, event: Tick) -> Snapshot:
-    now = max(snapshot.now, event.now)
-    tiers = {
-        name: health
-        if health.queued == event.queued.get(name, 0)
-        else replace(health, queued=event.queued.get(name, 0))
-        for name, health in snapshot.tiers.items()
-    }
-    levels = dict(snapshot.levels)
+def _tick(policy: Policy, snapshot: Snapshot, event: Tick) -> Sequence[Change]:
+    now = snapshot.now = max(snapshot.now, event.now)
+    tiers, changes = snapshot.tiers, []
+    for name, health in tiers.items():
+        health.queued = event.queued.get(name, 0)
     for name, model in policy.models.items():
-        level = _watch(
-            model.settings, levels[name], tiers[model.tiers[levels[name].index]], now, event.oldest.get(name)
-        )
+        before = snapshot.levels[name]
+        level = _watch(model.settings, before, tiers[model.tiers[before.index]], now, event.oldest.get(name))
         index = _next_index(model.settings, level, model.tiers, tiers, now)
         if index != level.index:
             level = _move(model.settings, level, index, now)
-            entered = tiers[model.tiers[index]]
-            tiers[model.tiers[index]] = replace(entered, ewma_ttft=None, ewma_itl=None, measured_at=-INFINITY)
-        levels[name] = level
-    draining = any(health.state == "draining" for health in tiers.values())
-    until = now + _RESERVED if draining and now < snapshot.reserved_until else snapshot.reserved_until
-    return replace(snapshot, now=now, tiers=tiers, levels=levels, reserved_until=until)
+            _forget_speed(tiers[model.tiers[index]])
+            kind = "degraded" if index > before.index else "recovered"
+            details = {"from": model.tiers[before.index], "model": name}
+            changes.append(Change(kind, model.tiers[index], details))
+        snapshot.levels[name] = level
+    if now < snapshot.reserved_until and any(health.state == "draining" for health in tiers.values()):
+        snapshot.reserved_until = now + _RESERVED
+    return changes
 
 
 def _watch(settings: Settings, level: Level, health: TierHealth, now: float, oldest: float | None) -> Level:
@@ -340,33 +362,3 @@ def _move(settings: Settings, level: Level, index: int, now: float) -> Level:
         in_vain = level.climbed and now - level.changed_at < 2 * level.dwell + settings.degrade_after
         dwell = min(2 * level.dwell, max(settings.max_dwell, settings.dwell)) if in_vain else settings.dwell
     return Level(index, now, dwell=dwell, climbed=not down, oldest_wait=level.oldest_wait)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Something for the log and the metrics: ``event`` of :class:`lowbit.gateway.protocol.PoolListener`."""
-
-    event: str
-    tier: str
-    details: Mapping[str, Any]
-
-
-def changes(policy: Policy, before: Snapshot, after: Snapshot) -> list[Change]:
-    """What became different between two snapshots, of what people want to hear about."""
-    found = []
-    for name, new in after.tiers.items():
-        old = before.tiers[name]
-        if old is new or old.circuit == new.circuit:
-            continue
-        if new.circuit == "open":
-            details = {"reason": new.reason, "failures": new.consecutive_failures, "cooldown": new.cooldown}
-            found.append(Change("circuit_opened", name, details))
-        elif new.circuit == "closed":
-            found.append(Change("circuit_closed", name, {}))
-    for name, level in after.levels.items():
-        old_index = before.levels[name].index
-        if level.index != old_index:
-            tiers = policy.models[name].tiers
-            event = "degraded" if level.index > old_index else "recovered"
-            found.append(Change(event, tiers[level.index], {"from": tiers[old_index], "model": name}))
-    return found

@@ -6,8 +6,8 @@ Counters and histograms are fed as requests pass; the state of pool, queues and 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -17,6 +17,8 @@ from lowbit.gateway.gate import Gate
 from lowbit.gateway.protocol import PoolProtocol
 
 __all__ = ["GapHistogram", "Metrics"]
+
+_Count: TypeAlias = Callable[[float], None]
 
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 GAPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
@@ -161,6 +163,8 @@ class Metrics:
         self._events = {name: self._counter(title, text, TIER) for name, (title, text) in _EVENTS.items()}
         self.flowed = 0
         self._children: dict[tuple[Any, ...], Any] = {}
+        self._ends: dict[tuple[str, str, str, int], tuple[_Count, _Count]] = {}
+        self._pairs: dict[tuple[str, str], tuple[_Count, _Count]] = {}
         self.registry.register(self.gaps)
         self.registry.register(self._state)
 
@@ -172,8 +176,9 @@ class Metrics:
 
     def answered(self, model: str, tier: str, route: str, status: int, seconds: float) -> None:
         """A request ended; ``model`` and ``tier`` are empty where it was refused before one was known."""
-        self._child(self._requests, model, tier, route, str(status)).inc()
-        self._child(self._latency, model, route).observe(seconds)
+        count, observe = self._ends.get((model, tier, route, status)) or self._end(model, tier, route, status)
+        count(1)
+        observe(seconds)
 
     def left(self, model: str) -> None:
         """A client went away before its answer was complete."""
@@ -189,8 +194,9 @@ class Metrics:
 
     def tokens(self, model: str, tier: str, prompt: int, completion: int) -> None:
         """Tokens of one answer."""
-        self._child(self._tokens, model, tier, "prompt").inc(prompt)
-        self._child(self._tokens, model, tier, "completion").inc(completion)
+        add_prompt, add_completion = self._pairs.get((model, tier)) or self._pair(model, tier)
+        add_prompt(prompt)
+        add_completion(completion)
 
     def total_tokens(self) -> int:
         """Tokens of answers so far, of all models; those of streams under way are counted by their events."""
@@ -200,6 +206,17 @@ class Metrics:
         """The text of ``/metrics``; ``figures`` are the engines' own, by tier id."""
         self._state.figures = figures
         return generate_latest(self.registry)
+
+    def _end(self, model: str, tier: str, route: str, status: int) -> tuple[_Count, _Count]:
+        """What counts the end of a request, kept so that it is looked up once."""
+        found = self._requests.labels(model, tier, route, str(status)).inc, self._latency.labels(model, route).observe
+        self._ends[model, tier, route, status] = found
+        return found
+
+    def _pair(self, model: str, tier: str) -> tuple[_Count, _Count]:
+        found = self._tokens.labels(model, tier, "prompt").inc, self._tokens.labels(model, tier, "completion").inc
+        self._pairs[model, tier] = found
+        return found
 
     def _child(self, metric: Any, *labels: str) -> Any:
         found = self._children.get((metric, *labels))

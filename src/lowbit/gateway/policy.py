@@ -1,9 +1,10 @@
 """The data of the serving policy: what is fixed, what changes, what is asked and what is answered.
 
-The policy itself is three pure functions: :func:`lowbit.gateway.routing.decide` for a request,
-:func:`lowbit.gateway.routing.maintain` for the background, and :func:`lowbit.gateway.learning.observe` for what an
-event teaches. No clock, no input or output, no chance: the time is in the snapshot and in each event. The pool does
-nothing but carry events and decisions, so that a simulation that does the same tests exactly what runs.
+The policy itself is three functions. :func:`lowbit.gateway.routing.decide` for a request and
+:func:`lowbit.gateway.routing.maintain` for the background change nothing; :func:`lowbit.gateway.learning.learn` changes
+the snapshot by what an event teaches. No clock, no input or output, no chance: the time is in the snapshot and in each
+event. The pool does nothing but carry events and decisions, so that a simulation that does the same tests exactly what
+runs.
 
 The rules, from the four services that people write by hand:
 
@@ -17,7 +18,8 @@ The rules, from the four services that people write by hand:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Literal, TypeAlias
 
 __all__ = [
@@ -123,9 +125,10 @@ class Policy:
     memory_budget: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TierHealth:
-    """What is known of one tier at a moment.
+    """What is known of one tier at a moment. Changed in place, four times for each request: a copy would cost more than
+    the rest of the policy.
 
     ``memory`` is what it holds now (reserved from the start of loading until the process is gone); ``openings`` counts
     openings of the circuit without a success between them; ``cooldown`` is the present cool-down; averages are
@@ -173,7 +176,10 @@ class Level:
     oldest_wait: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+_HEALTH = attrgetter(*(item.name for item in fields(TierHealth)))
+
+
+@dataclass(slots=True)
 class Snapshot:
     """Everything that changes: the time, the health of each tier by id, the level of each model by name.
 
@@ -181,11 +187,16 @@ class Snapshot:
     """
 
     now: float
-    tiers: Mapping[str, TierHealth]
-    levels: Mapping[str, Level]
+    tiers: dict[str, TierHealth]
+    levels: dict[str, Level]
     memory_budget: int
     reserved: str | None = None
     reserved_until: float = -INFINITY
+
+    def copy(self, now: float) -> Snapshot:
+        """The same at ``now``, for keeping."""
+        tiers = {name: TierHealth(*_HEALTH(health)) for name, health in self.tiers.items()}
+        return Snapshot(now, tiers, dict(self.levels), self.memory_budget, self.reserved, self.reserved_until)
 
     @property
     def memory(self) -> int:

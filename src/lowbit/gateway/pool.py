@@ -9,7 +9,7 @@ import asyncio
 import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -93,7 +93,7 @@ class Pool:
 
     def snapshot(self) -> Snapshot:
         """The state at this moment."""
-        return replace(self._state, now=self._clock())
+        return self._state.copy(self._clock())
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -207,6 +207,11 @@ class Pool:
         model = self.policy.models.get(request.model)
         if tried and model is not None and set(model.tiers) <= set(tried):
             await asyncio.sleep(_SETTLE)
+        if not self._waiters:  # nobody to overtake
+            self._state.now = self._clock()
+            decision = decide(self.policy, self._state, request, tried)
+            if isinstance(decision, Route):
+                return self._lease(decision.tier, request)
         waiter = _Waiter(request, tuple(tried), asyncio.get_running_loop().create_future())
         self._waiters.append(waiter)
         self._pump()
@@ -234,7 +239,7 @@ class Pool:
             until = min(until, waiter.request.deadline)
             if waiter.kind() in queued and waiter.request.deadline > now:
                 continue
-            self._state = replace(self._state, now=now)
+            self._state.now = now
             decision = decide(self.policy, self._state, waiter.request, waiter.tried)
             if isinstance(decision, Route):
                 waiter.future.set_result(self._lease(decision.tier, waiter.request))
@@ -260,7 +265,7 @@ class Pool:
             self._wake = asyncio.get_running_loop().call_later(delay, self._pump)
 
     def _pump_soon(self) -> None:
-        if not self._pumping and self._waiters:
+        if not self._pumping:
             self._pumping = True
             asyncio.get_running_loop().call_soon(self._pump)
 
@@ -304,11 +309,9 @@ class Pool:
 
     def feed(self, event: learning.Event) -> None:
         """Teach the policy, tell the listeners what changed, and look at the waiting requests again."""
-        before = self._state
-        self._state = learning.observe(self.policy, before, event)
-        for change in learning.changes(self.policy, before, self._state):
+        for change in learning.learn(self.policy, self._state, event):
             self._tell(change.event, change.tier, change.details)
-        if not isinstance(event, learning.Started | learning.Tick):
+        if self._waiters and not isinstance(event, (learning.Started, learning.Tick)):
             self._pump_soon()
 
     def _tell(self, event: str, tier_id: str, details: Mapping[str, Any]) -> None:

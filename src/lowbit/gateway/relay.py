@@ -7,11 +7,11 @@ that costs the client nothing but time. Afterwards bytes pass as they come.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from aiohttp import (
@@ -32,6 +32,7 @@ from lowbit.gateway.policy import Request
 from lowbit.gateway.protocol import Failure, Lease, PoolProtocol, RefusedError
 from lowbit.gateway.refusal import Refusal
 from lowbit.gateway.requests import LowbitOptions
+from lowbit.gateway.wire import decode, encode
 
 __all__ = ["Answer", "Call", "EngineFailed", "Relay"]
 
@@ -90,16 +91,13 @@ class Answer:
         self._metrics, self._empty = metrics, empty
 
     @property
-    def headers(self) -> dict[str, str]:
+    def headers(self) -> Mapping[str, str]:
         """What the client learns of who answered."""
-        headers = {"x-lowbit-model": self.lease.model, "x-lowbit-tier": self.lease.tier}
-        if self.lease.kl is not None:
-            headers["x-lowbit-kl"] = f"{self.lease.kl:.6g}"
-        return headers
+        return _who(self.lease.model, self.lease.tier, self.lease.kl)
 
     def json(self) -> dict[str, Any]:
         """The whole answer as an object; it was checked on arrival."""
-        value: dict[str, Any] = json.loads(self.body)
+        value: dict[str, Any] = decode(self.body)
         return value
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -150,6 +148,12 @@ class Answer:
         self.lease.failed(kind)
         reason = "sent nothing for too long" if kind == "timeout" else "broke off"
         return EngineFailed(kind, f"the engine of {self.lease.tier_id} {reason} in the middle of its answer")
+
+
+@lru_cache(256)
+def _who(model: str, tier: str, kl: float | None) -> Mapping[str, str]:
+    quality = {} if kl is None else {"x-lowbit-kl": f"{kl:.6g}"}
+    return {"x-lowbit-model": model, "x-lowbit-tier": tier, **quality}
 
 
 class Relay:
@@ -236,7 +240,10 @@ class Relay:
     async def _ask(self, lease: Lease, call: Call, exchange: _Exchange, deadline: float) -> Answer:
         body = adapt(call.body, lease)
         await self._check_length(lease, call, body)
-        payload = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        try:
+            payload = encode(body)
+        except ValueError:
+            raise Refusal(400, "a number is too large", code="invalid_json") from None
         remaining = deadline - self.pool.now()
         if remaining <= 0:
             raise Refusal(504, "the deadline passed before an engine was free")
@@ -325,8 +332,8 @@ class Relay:
                     return {}
                 request = {**request, field_name: answer[carried]}
             carried = field_name
-            payload = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass")
             try:
+                payload = encode(request)
                 response = await self._post(lease, path, payload, ClientTimeout(total=30.0, sock_connect=_CONNECT))
                 async with response:
                     answer = await response.json(content_type=None) if response.status == 200 else {}
@@ -376,7 +383,7 @@ async def _refused(lease: Lease, response: ClientResponse) -> Exception:
     """What an answer with an error status means."""
     raw = await response.read()
     try:
-        answer = json.loads(raw)
+        answer = decode(raw)
     except ValueError:
         answer = None
     refusal = engine_error(response.status, answer) if response.status >= 400 else None
@@ -391,7 +398,7 @@ async def _refused(lease: Lease, response: ClientResponse) -> Exception:
 async def _first_token(lease: Lease, response: ClientResponse) -> tuple[bytes, int]:
     """The beginning of a stream, up to the chunk with the first token, and the number of events before that."""
     garbage = EngineFailed("garbage", f"the engine of {lease.tier_id} answered with something that is no stream")
-    if response.content_type != "text/event-stream":
+    if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
         raise garbage
     head = rest = b""
     empty = 0
@@ -407,7 +414,7 @@ async def _first_token(lease: Lease, response: ClientResponse) -> tuple[bytes, i
         end = 0
         try:
             for event, end in iter_events(rest):  # noqa: B007 - where the last one ended
-                if event == b"[DONE]" or _speaks(json.loads(event), lease):
+                if event == b"[DONE]" or _speaks(decode(event), lease):
                     return head, empty
                 empty += 1
         except ValueError:
@@ -431,7 +438,7 @@ def _speaks(event: object, lease: Lease) -> bool:
 def _checked(body: bytes, lease: Lease) -> tuple[int, int]:
     """Prompt and completion tokens of a whole answer. Raises :class:`EngineFailed` for one that is no JSON object."""
     try:
-        value = json.loads(body)
+        value = decode(body)
     except ValueError:
         value = None
     if not isinstance(value, (dict, list)):
@@ -441,16 +448,17 @@ def _checked(body: bytes, lease: Lease) -> tuple[int, int]:
 
 
 def _usage(tail: bytes) -> tuple[int, int] | None:
-    """Prompt and completion tokens as the end of a stream tells them."""
-    start = max(tail.rfind(b'"usage":'), tail.rfind(b'"timings":'))
-    if start < 0:
+    """Prompt and completion tokens as the end of a stream tells them: in the last event before ``[DONE]``."""
+    end = tail.rfind(b"[DONE]")
+    last = tail[: end if end >= 0 else len(tail)].removesuffix(b"data: ").rstrip()
+    last = last[last.rfind(b"\n\n") + 1 :]
+    if b'"usage"' not in last and b'"timings"' not in last:
         return None
-    line = tail[tail.rfind(b"\n\n", 0, start) + 1 : tail.find(b"\n\n", start)]
     try:
-        event = json.loads(line[line.index(b"{") :])
+        event = decode(last[last.index(b"{") :])
     except ValueError:
         return None
-    usage, timings = event.get("usage"), event.get("timings")
+    usage, timings = event.get("usage") or (event.get("response") or {}).get("usage"), event.get("timings")
     if isinstance(usage, dict):
         return _counts(usage)
     if isinstance(timings, dict):

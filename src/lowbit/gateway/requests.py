@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import from_json
 
 from lowbit.gateway.refusal import Refusal
 from lowbit.gateway.schema import check_schema
@@ -307,7 +308,7 @@ class DetokenizeRequest(Strict):
 def parse_json(raw: bytes) -> dict[str, Any]:
     """The object in a request's body, or a :class:`Refusal` that says where it is broken."""
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        value = _parse(raw)
         depth = _depth(value) if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH else 0
     except UnicodeDecodeError as error:
         raise Refusal(400, f"the body is not valid UTF-8 at byte {error.start}", code="invalid_json") from None
@@ -323,6 +324,14 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refusal(400, f"the body must be a JSON object, not {_json_kind(value)}", code="invalid_json")
     return value
+
+
+def _parse(raw: bytes) -> Any:
+    """JSON without ``NaN``; where pydantic's fast parser gives up, the standard library says what is wrong."""
+    try:
+        return from_json(raw, allow_inf_nan=False)
+    except ValueError:
+        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
 
 
 def _no_constant(name: str) -> None:
