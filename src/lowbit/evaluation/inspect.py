@@ -10,12 +10,13 @@ from typing import Any
 
 from lowbit.checkpoint import Checkpoint, Manifest, ModelDescription, locate, read_json_object
 from lowbit.checkpoint import read_manifest as load_manifest
-from lowbit.codecs import StoredModule, open_model
+from lowbit.codecs import StoredGrid, StoredModule, open_model
 from lowbit.codecs.gguf.checkpoint import GgufCheckpoint
 from lowbit.codecs.reading import module_plan, stored_format
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.evaluation.findings import Finding, scale_names, value_findings
 from lowbit.evaluation.footprint import Footprint, Part, measure
+from lowbit.formats import Scheme
 
 UNKNOWN = "unknown"
 
@@ -116,12 +117,17 @@ def _result(
         bits_per_weight=size.total.bits_per_weight,
         linear_bits_per_weight=size.linear.bits_per_weight,
         kinds=size.kinds,
-        specs=dict(Counter(str(entry.spec) for entry in plan.values()).most_common()),
+        specs=dict(Counter(_scheme(entry) for entry in plan.values()).most_common()),
         files={file.name: file.stat().st_size for file in checkpoint.files},
         tokenizer=checkpoint.has_tokenizer,
         problems=tuple(problems),
         **known,
     )
+
+
+def _scheme(entry: StoredModule) -> str:
+    """How a module is quantized, inputs included."""
+    return str(Scheme(entry.spec, entry.inputs)) if isinstance(entry, StoredGrid) else str(entry.spec)
 
 
 def _problems(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], manifest: Manifest | None) -> list[Finding]:

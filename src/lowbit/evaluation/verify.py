@@ -12,11 +12,11 @@ import torch
 
 from lowbit.calibration import load_tokenizer
 from lowbit.checkpoint import MANIFEST_NAME, Checkpoint, Manifest, hash_file, locate, read_manifest
-from lowbit.codecs import StoredModule, open_model
+from lowbit.codecs import StoredGrid, StoredModule, open_model
 from lowbit.codecs.reading import local_tensors, module_plan, read_weight
 from lowbit.errors import CheckpointError, LowbitError, NumericsError, UnsupportedError
 from lowbit.evaluation.findings import Finding, scale_names, value_findings
-from lowbit.formats import QuantizedTensor
+from lowbit.formats import QuantizedTensor, Scheme
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.streamed import StreamedModel
 
@@ -132,8 +132,9 @@ def _manifest_findings(plan: Mapping[str, StoredModule], manifest: Manifest | No
         yield Finding("warning", name, f"quantized, but {MANIFEST_NAME} does not know it")
     for name, entry in plan.items():
         said = manifest.modules.get(name, {}).get("spec")
-        if isinstance(said, str) and said != str(entry.spec):
-            yield Finding("error", name, f"stored as {entry.spec}, {MANIFEST_NAME} says {said}")
+        stored = str(Scheme(entry.spec, entry.inputs)) if isinstance(entry, StoredGrid) else str(entry.spec)
+        if isinstance(said, str) and said != stored:
+            yield Finding("error", name, f"stored as {stored}, {MANIFEST_NAME} says {said}")
 
 
 def _module_findings(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], progress: Progress) -> Iterator[Finding]:

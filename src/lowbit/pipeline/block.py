@@ -12,14 +12,17 @@ from torch import nn
 from lowbit.checkpoint import Checkpoint
 from lowbit.codecs import Codec, read_dense
 from lowbit.errors import NumericsError
-from lowbit.formats import PER_TENSOR, QuantizedTensor, Scheme, WeightTensor
+from lowbit.formats import PER_TENSOR, FloatSpec, FloatTensor, QuantizedTensor, Scheme, WeightSpec, WeightTensor
+from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
+from lowbit.pipeline.inputs import InputScales, RoundingLinear
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.recipe import ModulePlan, Recipe, method_options
 from lowbit.pipeline.stages import Group, Stage, StagedForward, discover_stages, split_stages
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
 from lowbit.quant import METHODS, InputStatistics, output_error, weight_error
 from lowbit.quant.methods import Options
+from lowbit.quant.solution import Solution
 from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
 
 STARVED_SHARE = 0.005
@@ -84,7 +87,7 @@ class BlockQuantizer:
         self.reports: list[ModuleReport] = []
         self._statistics: dict[Group, InputStatistics] = {}
         self._solved: dict[str, WeightTensor] = {}
-        self._input_scales: dict[str, torch.Tensor] = {}
+        self._input_scales = InputScales()
         self._overrides: dict[str, torch.Tensor] = {}
         self.linears = [n for n, m in self.block.named_modules() if isinstance(m, nn.Linear)]
 
@@ -147,12 +150,14 @@ class BlockQuantizer:
             usable.divide_(scales)
         dropped = 0 if statistics is None else statistics.nonfinite
         shared: dict[Any, Any] = {}
-        for name in planned:
-            plan = self.plans[name]
+        for name in planned if statistics is not None else ():
+            self._input_scales.note(name, float(statistics.abs_max.max()))  # type: ignore[union-attr]
+        for names in self._units(planned):
+            plan = self.plans[names[0]]
             if starved:
                 plan = replace(plan, method="rtn")
-            report = self._solve(name, plan, usable, scales, shared)
-            self.reports.append(replace(report, tokens=tokens, dropped=dropped, starved=starved))
+            for report in self._solve(names, plan, usable, scales, shared):
+                self.reports.append(replace(report, tokens=tokens, dropped=dropped, starved=starved))
         for name in group:
             if scales is not None and name not in self.plans:
                 self._overrides[f"{name}.weight"] = self._linear(name).weight * scales
@@ -188,11 +193,11 @@ class BlockQuantizer:
     def _can_divide(self, target: str) -> bool:
         """Whether the rows of a solved producer have scales of their own; others cannot be divided any more."""
         q = self._solved.get(target)
-        return q is None or (isinstance(q, QuantizedTensor) and q.spec.group_size != PER_TENSOR)
+        return q is None or (isinstance(q, QuantizedTensor | FloatTensor) and _has_row_scales(q))
 
     def _divide_rows(self, target: str, module: nn.Linear, scales: torch.Tensor) -> None:
         q = self._solved.get(target)
-        if isinstance(q, QuantizedTensor):
+        if isinstance(q, QuantizedTensor | FloatTensor):
             divided = (q.scales.float() / scales[:, None].to(q.scales.device)).to(q.scales.dtype)
             self._solved[target] = replace(q, scales=divided)
         else:
@@ -200,20 +205,48 @@ class BlockQuantizer:
         if module.bias is not None:
             self._overrides[f"{target}.bias"] = module.bias / scales
 
+    def _units(self, planned: Sequence[str]) -> list[tuple[str, ...]]:
+        """What is solved as one matrix: linears that engines merge, where the matrix has a scale of its own."""
+        merged = [group for group in fused_groups(list(planned)) if _has_whole_scale(self.plans[group[0]].spec)]
+        inside = {name for group in merged for name in group}
+        return [*merged, *((name,) for name in planned if name not in inside)]
+
     def _solve(
         self,
-        name: str,
+        names: tuple[str, ...],
         plan: ModulePlan,
         statistics: InputStatistics | None,
         scales: torch.Tensor | None,
         shared: dict[Any, Any],
-    ) -> ModuleReport:
-        """Solve one linear, put the result in its place, and say how it went."""
-        linear, full = self._linear(name), self.full_name(name)
+    ) -> list[ModuleReport]:
+        """Solve linears as one matrix, put the results in their places, and say how it went."""
+        full = self.full_name(names[0])
         self.progress.at(full)
-        weight = linear.weight.float() if scales is None else linear.weight.float() * scales
+        weights = [self._linear(name).weight.float() for name in names]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        weight = weight if scales is None else weight * scales
         options = options_of(self.recipe, plan)
         solution = METHODS[plan.method].solve(weight, statistics, plan.spec, options, shared=shared, name=full)
+        reports, first = [], 0
+        for name, part in zip(names, weights, strict=True):
+            rows = slice(first, first + part.shape[0])
+            tensor = solution.tensor if len(names) == 1 else _rows(solution.tensor, rows)
+            part = weight[rows]
+            reports.append(self._place(name, plan, part, replace(solution, tensor=tensor), statistics, scales))
+            first = rows.stop
+        return reports
+
+    def _place(
+        self,
+        name: str,
+        plan: ModulePlan,
+        weight: torch.Tensor,
+        solution: Solution,
+        statistics: InputStatistics | None,
+        scales: torch.Tensor | None,
+    ) -> ModuleReport:
+        """Put a solved linear in its place; ``weight`` is what it was solved from."""
+        linear, full = self._linear(name), self.full_name(name)
         restored = solution.tensor.dequantize()
         if not bool(torch.isfinite(restored).all()):
             raise NumericsError(f"{full}: the quantized weight is not finite: try --method rtn for it")
@@ -229,12 +262,14 @@ class BlockQuantizer:
             scaled=scales is not None,
         )
         linear.weight.data = (restored if scales is None else restored.div_(scales)).to(linear.weight.dtype)
+        input_scale = self._input_scales.of(name, plan.inputs)
+        linear.round_inputs(plan.inputs, None if input_scale is None else input_scale.to(linear.weight.device), scales)
         self._solved[name] = solution.tensor
         return report
 
-    def _linear(self, name: str) -> nn.Linear:
+    def _linear(self, name: str) -> RoundingLinear:
         module = self.block.get_submodule(name)
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, RoundingLinear)
         return module
 
     # ---- output ------------------------------------------------------------------------------------------------
@@ -263,8 +298,9 @@ class BlockQuantizer:
             module, _, last = name.rpartition(".")
             handled.add(self.full_name(name))
             if last == "weight" and module in self._solved:
-                scale = self._input_scales.get(module)
-                for local, tensor in self.codec.encode(self._solved[module], scale).items():
+                inputs = self.plans[module].inputs
+                scale = self._input_scales.of(module, inputs)
+                for local, tensor in self.codec.encode(self._solved[module], scale, inputs=inputs).items():
                     out[f"{self.full_name(module)}.{local}"] = tensor.contiguous().cpu()
                 continue
             kept = self._stored(name)
@@ -275,3 +311,22 @@ class BlockQuantizer:
             if stored not in handled and module not in self.model.plan:
                 out[stored] = self.checkpoint.read(stored)
         return out
+
+
+def _has_whole_scale(spec: WeightSpec) -> bool:
+    """Whether one scale spans the matrix, so that engines that merge matrices need the same one in all of them."""
+    return isinstance(spec, FloatSpec) and (spec.group_size == PER_TENSOR or spec.scale == "e4m3")
+
+
+def _has_row_scales(q: QuantizedTensor | FloatTensor) -> bool:
+    """Whether each row has float scales of its own."""
+    if isinstance(q, QuantizedTensor):
+        return q.spec.group_size != PER_TENSOR
+    return q.spec.scale == "float" and q.spec.rows == 1 and q.spec.group_size != PER_TENSOR
+
+
+def _rows(tensor: WeightTensor, rows: slice) -> WeightTensor:
+    """Some rows of a matrix of floats that share its whole scale."""
+    assert isinstance(tensor, FloatTensor)
+    scales = tensor.scales if tensor.spec.group_size == PER_TENSOR else tensor.scales[rows]
+    return replace(tensor, codes=tensor.codes[rows], scales=scales)

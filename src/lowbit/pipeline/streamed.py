@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint import Checkpoint
-from lowbit.codecs import StoredModule, module_plan, read_dense, read_dense_rows
+from lowbit.codecs import StoredGrid, StoredModule, module_plan, read_dense, read_dense_rows
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.pipeline.architectures import Family, family_of
 from lowbit.pipeline.experts import unfuse_experts
+from lowbit.pipeline.inputs import RoundingLinear, prepare_linears, stored_input_scale
 
 HEAD_ROWS = 16384
 """Vocabulary rows of an output head that are held in compute precision at a time."""
@@ -101,6 +102,8 @@ class _Head(nn.Module):
 class StreamedModel:
     """A causal language model over a checkpoint in any format that lowbit reads, quantized weights dequantized.
 
+    Inputs that an engine would quantize are rounded as it does (:mod:`lowbit.pipeline.inputs`).
+
     Raises :class:`UnsupportedError` for an architecture that transformers does not know or that has no single list of
     blocks, and :class:`CheckpointError` for a tensor that the model needs and the checkpoint lacks.
     """
@@ -127,6 +130,7 @@ class StreamedModel:
         self._blocks_path, self._blocks = _find_blocks(self.model)
         for block in self._blocks:
             unfuse_experts(block, self.family.experts)
+            prepare_linears(block)
         self.block_names = [f"{self._blocks_path}.{i}" for i in range(len(self._blocks))]
         self._head_name: str | None = None
         self._contexts: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -268,13 +272,21 @@ class StreamedModel:
         module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
 
     def load_block(self, index: int) -> nn.Module:
-        """Block ``index`` with dense weights in the compute dtype; it is the caller's, and gone when released."""
+        """Block ``index`` with dense weights in the compute dtype, inputs rounded where the checkpoint says so.
+
+        It is the caller's, and gone when released.
+        """
         block = copy.deepcopy(self._blocks[index])
         prefix = self.block_names[index]
         for module in block.modules():
             self._restore_buffers(module)
         for name, _ in list(block.named_parameters()):
             self._set(block, name, self._dense(f"{prefix}.{name}"))
+        for name, module in block.named_modules():
+            entry = self.plan.get(self.stored_name(f"{prefix}.{name}"))
+            if isinstance(module, RoundingLinear) and isinstance(entry, StoredGrid) and entry.inputs is not None:
+                scale = stored_input_scale(self.checkpoint, self.stored_name(f"{prefix}.{name}"), entry)
+                module.round_inputs(entry.inputs, None if scale is None else scale.to(self.device))
         return block.eval()
 
     def empty_block(self, index: int) -> nn.Module:

@@ -13,6 +13,7 @@ __all__ = ["InputStatistics"]
 _BLOCK = 512
 _ROWS = 4096
 _CACHED_ROWS = 256
+_SAMPLE = 256
 
 
 class InputStatistics:
@@ -21,6 +22,8 @@ class InputStatistics:
     ``tokens``     rows counted
     ``nonfinite``  rows left out because they held NaN or infinity
     ``abs_sum``    float32 ``[in]``, sum of ``|x|``
+    ``abs_max``    float32 ``[in]``, largest ``|x|``
+    ``sample``     float32 ``[n, in]``, evenly spaced rows: all of the first 128, then between 128 and 256 of them
 
     Only the blocks on and above the diagonal are computed while rows come in; :attr:`gram` mirrors them in place, so
     the memory is one float32 ``[in, in]`` matrix at all times. How rows are cut into calls changes only the last bits.
@@ -31,6 +34,9 @@ class InputStatistics:
         self.tokens = 0
         self.nonfinite = 0
         self.abs_sum = torch.zeros(in_features, device=device)
+        self.abs_max = torch.zeros(in_features, device=device)
+        self.sample = torch.zeros(0, in_features, device=device)
+        self._stride = 1
         self._gram = torch.zeros(in_features, in_features, device=device)
         self._mirrored = True
 
@@ -66,48 +72,65 @@ class InputStatistics:
             self._add_rows(rows.to(self._gram))
 
     def _add_rows(self, rows: torch.Tensor) -> None:
-        totals = _abs_sum(rows)
+        totals, largest = _magnitudes(rows)
         # one bad value anywhere shows in the sums, so that good rows cost no pass of their own
         if not bool(torch.isfinite(totals).all()):
             good = torch.isfinite(rows).all(dim=1)
             self.nonfinite += int((~good).sum())
             rows = rows[good]
-            totals = _abs_sum(rows)
+            totals, largest = _magnitudes(rows)
+        self._take_sample(rows)
         self.tokens += rows.shape[0]
         self.abs_sum += totals
+        self.abs_max = torch.maximum(self.abs_max, largest)
         for start in range(0, self.in_features, _BLOCK):
             end = min(start + _BLOCK, self.in_features)
             self._gram[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
         self._mirrored = self.in_features <= _BLOCK
+
+    def _take_sample(self, rows: torch.Tensor) -> None:
+        """Keep every ``stride``-th row of all; when there are too many, every other of those."""
+        self.sample = torch.cat([self.sample, rows[-self.tokens % self._stride :: self._stride]])
+        while len(self.sample) > _SAMPLE:
+            self.sample = self.sample[::2].clone()
+            self._stride *= 2
 
     def divide_(self, scales: torch.Tensor) -> InputStatistics:
         """Become the statistics of ``x / scales`` (``scales`` float32 ``[in]``), in place; returns itself."""
         self._gram /= scales
         self._gram /= scales[:, None]
         self.abs_sum /= scales
+        self.abs_max /= scales
+        self.sample /= scales
         return self
 
     def state(self) -> dict[str, torch.Tensor]:
         """Tensors to save; :meth:`from_state` takes them back. The Gram matrix is not copied."""
-        counts = torch.tensor([self.tokens, self.nonfinite], dtype=torch.int64)
-        return {"gram": self.gram, "abs_sum": self.abs_sum, "counts": counts}
+        counts = torch.tensor([self.tokens, self.nonfinite, self._stride], dtype=torch.int64)
+        sums = {"abs_sum": self.abs_sum, "abs_max": self.abs_max, "sample": self.sample}
+        return {"gram": self.gram, "counts": counts, **sums}
 
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> InputStatistics:
         """The statistics that :meth:`state` came from; raises :class:`NumericsError` if the shapes disagree."""
-        gram, abs_sum = state["gram"], state["abs_sum"]
-        if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or abs_sum.shape != gram.shape[:1]:
-            raise NumericsError(f"saved statistics: gram is {tuple(gram.shape)}, abs_sum {tuple(abs_sum.shape)}")
+        gram, abs_sum, abs_max = state["gram"], state["abs_sum"], state["abs_max"]
+        if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or {abs_sum.shape, abs_max.shape} != {gram.shape[:1]}:
+            shapes = f"gram is {tuple(gram.shape)}, abs_sum {tuple(abs_sum.shape)}, abs_max {tuple(abs_max.shape)}"
+            raise NumericsError(f"saved statistics: {shapes}")
         restored = cls.__new__(cls)
         restored.in_features = gram.shape[0]
-        restored.tokens, restored.nonfinite = (int(count) for count in state["counts"])
-        restored._gram, restored.abs_sum, restored._mirrored = gram, abs_sum, True
+        restored.tokens, restored.nonfinite, restored._stride = (int(count) for count in state["counts"])
+        restored.abs_sum, restored.abs_max, restored.sample = abs_sum, abs_max, state["sample"]
+        restored._gram, restored._mirrored = gram, True
         return restored
 
 
-def _abs_sum(rows: torch.Tensor) -> torch.Tensor:
-    """float32 ``[in]``: sum of ``|x|`` over ``rows``."""
+def _magnitudes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 ``[in]`` each: sum and largest of ``|x|`` over ``rows``."""
     total = torch.zeros_like(rows[0]) if len(rows) else rows.sum(0)
-    for part in torch.split(rows, _CACHED_ROWS):
-        total += part.abs().sum(0)
-    return total
+    largest = torch.zeros_like(total)
+    for part in torch.split(rows, _CACHED_ROWS) if len(rows) else ():
+        magnitudes = part.abs()
+        total += magnitudes.sum(0)
+        largest = torch.maximum(largest, magnitudes.amax(0))
+    return total, largest

@@ -10,8 +10,9 @@ import torch
 
 from lowbit.formats.activations import ActivationSpec
 from lowbit.formats.weights import WeightSpec
-from lowbit.quant import awq
+from lowbit.quant import awq, smoothquant
 from lowbit.quant.awq import AwqOptions
+from lowbit.quant.smoothquant import SmoothQuantOptions
 from lowbit.quant.statistics import InputStatistics
 
 __all__ = ["NO_TRANSFORM", "TRANSFORMS", "ScaleTransform"]
@@ -50,11 +51,23 @@ def _awq(
     return found.scales if found.after < found.before else None
 
 
+def _smoothquant(
+    weights: Sequence[torch.Tensor],
+    statistics: InputStatistics,
+    spec: WeightSpec,
+    inputs: ActivationSpec | None,
+    options: SmoothQuantOptions,
+) -> torch.Tensor | None:
+    found = smoothquant.search_scales(weights, statistics, spec, inputs, options)
+    return found.scales if found.after < found.before or options.strength >= 0 else None
+
+
 def _any(spec: WeightSpec) -> list[str]:
     return []
 
 
 TRANSFORMS: Mapping[str, ScaleTransform] = {
     "awq": ScaleTransform("awq", AwqOptions, _awq, _any),
+    "smoothquant": ScaleTransform("smoothquant", SmoothQuantOptions, _smoothquant, _any),
 }
 """Every transform of ``--transform``."""
