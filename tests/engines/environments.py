@@ -86,6 +86,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     # what reaches S3 and SSH, beside a server of the former for tests
     "backup": Recipe(first=("moto[server,s3]==5.2.5", "s3fs>=2024.6", "paramiko>=3.4")),
+    # programs that people ask the gateway with
+    "clients": Recipe(
+        first=("wheel",),
+        packages=("langchain-openai==1.7.3", "schemathesis==4.32.5", "lm-eval[api]==0.4.13", "transformers>=5,<6"),
+    ),
     # llama.cpp's libraries for this machine's processor, and its converter (in the source), which needs the rest
     "llamacpp": SourceRecipe(
         first=("torch==2.13.0", "setuptools>=77,<82", "wheel", "numpy", "ninja"),
