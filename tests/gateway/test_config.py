@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lowbit.engines.memory import available_bytes
+from lowbit.engines.memory import available_bytes, oom_kills
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.gateway.config import config_for_model, kind_of, load_config, parse_config
 from lowbit.gateway.known_facts import known_facts, remember_facts
@@ -190,3 +190,14 @@ def test_memory_of_a_container(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) == 600000
     (group / "memory.max").write_text("max\n")
     assert available_bytes(tmp_path) > 600000
+
+
+def test_oom_kills_of_the_container_or_the_machine(tmp_path: Path) -> None:
+    assert oom_kills(tmp_path) == 0
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "vmstat").write_text("pgfault 9\noom_kill 3\n")
+    assert oom_kills(tmp_path) == 3
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.events").write_text("low 0\noom 2\noom_kill 1\n")
+    assert oom_kills(tmp_path) == 1

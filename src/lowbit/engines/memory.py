@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["available_bytes"]
+__all__ = ["available_bytes", "oom_kills"]
 
 _GROUP = Path("sys/fs/cgroup")
 _FILES = (
@@ -27,6 +27,19 @@ def available_bytes(root: Path = Path("/")) -> int:
             stat = dict(line.split(maxsplit=1) for line in _text(root / _GROUP / stat_file).splitlines() if " " in line)
             available = min(available, max(0, int(limit) - int(usage) + int(stat.get(cached, "0"))))
     return available
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """Processes that the kernel has killed for want of memory: in this container, or on this machine since its start.
+
+    ``root`` stands in for ``/`` in tests.
+    """
+    for name in ("sys/fs/cgroup/memory.events", "sys/fs/cgroup/memory/memory.oom_control", "proc/vmstat"):
+        for line in _text(root / name).splitlines():
+            key, _, value = line.partition(" ")
+            if key == "oom_kill" and value.strip().isdigit():
+                return int(value)
+    return 0
 
 
 def _text(path: Path) -> str:

@@ -34,6 +34,11 @@ class Gate:
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
 
     @property
+    def limits(self) -> LimitsConfig:
+        """What clients may ask."""
+        return self._limits
+
+    @property
     def queues(self) -> Mapping[str, FairQueue]:
         """The queue of each model that was asked for, by name."""
         return self._queues

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from lowbit.engines.memory import available_bytes, oom_kills
 from lowbit.gateway.engine_metrics import EngineFigures
 from lowbit.gateway.gate import Gate
 from lowbit.gateway.protocol import PoolProtocol
@@ -81,6 +82,11 @@ class _State:
         yield from self._tiers()
         yield from self._queues()
         yield from self._engines()
+        available = GaugeMetricFamily("lowbit_memory_available_bytes", "Memory that can still be taken on this machine")
+        available.add_metric((), available_bytes())
+        kills = CounterMetricFamily("lowbit_oom_kills", "Processes that the kernel killed for want of memory")
+        kills.add_metric((), oom_kills())
+        yield from (available, kills)
 
     def _tiers(self) -> Iterator[Metric]:
         snapshot = self.pool.snapshot()
@@ -90,6 +96,7 @@ class _State:
         memory = GaugeMetricFamily("lowbit_tier_memory_bytes", "Memory planned for a loaded tier", labels=TIER)
         kl = GaugeMetricFamily("lowbit_quantization_kl", "Measured KL divergence, nats per token", labels=TIER)
         error = GaugeMetricFamily("lowbit_quantization_error", "Mean relative error of the weights", labels=TIER)
+        bits = GaugeMetricFamily("lowbit_tier_bits", "Bits of a tier's weights", labels=TIER)
         preferred = GaugeMetricFamily("lowbit_level", "Steps down from the first tier", labels=("model",))
         for model in self.pool.models():
             level = snapshot.levels.get(model.name)
@@ -101,11 +108,12 @@ class _State:
                 opened.add_metric(labels, health.circuit != "closed")
                 flight.add_metric(labels, health.in_flight)
                 memory.add_metric(labels, health.memory)
+                bits.add_metric(labels, tier.bits)
                 if tier.kl is not None:
                     kl.add_metric(labels, tier.kl)
                 if tier.error is not None:
                     error.add_metric(labels, tier.error)
-        yield from (state, opened, flight, memory, kl, error, preferred)
+        yield from (state, opened, flight, memory, bits, kl, error, preferred)
         budget = GaugeMetricFamily("lowbit_memory_budget_bytes", "Memory that all loaded tiers may take")
         budget.add_metric((), snapshot.memory_budget)
         yield budget
@@ -117,7 +125,9 @@ class _State:
             queue = self.gate.queues.get(model.name)
             depth.add_metric((model.name,), queue.waiting if queue else 0)
             tokens.add_metric((model.name,), queue.waiting_tokens if queue else 0)
-        yield from (depth, tokens)
+        limit = GaugeMetricFamily("lowbit_queue_limit_requests", "Requests that may wait for one model")
+        limit.add_metric((), self.gate.limits.queue_requests)
+        yield from (depth, tokens, limit)
 
     def _engines(self) -> Iterator[Metric]:
         labels = (*TIER, "engine")
@@ -167,6 +177,10 @@ class Metrics:
         self._pairs: dict[tuple[str, str], tuple[_Count, _Count]] = {}
         self.registry.register(self.gaps)
         self.registry.register(self._state)
+        for model in pool.models():
+            for tier in model.tiers:  # a counter that begins above 0 hides its first event from Prometheus' increase()
+                for counter in self._events.values():
+                    self._child(counter, model.name, tier.name)
 
     def on_event(self, event: str, tier_id: str, details: Mapping[str, Any]) -> None:
         """Listener of the pool."""
