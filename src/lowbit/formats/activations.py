@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from lowbit.errors import UsageError
-from lowbit.formats.floating import E4M3_MAX, decode_elements, encode_elements
+from lowbit.formats.floating import E4M3_MAX, microscale_exponents, round_elements
 
 __all__ = ["ActivationSpec", "fake_quantize", "static_scale"]
 
@@ -94,7 +94,7 @@ def fake_quantize(x: torch.Tensor, spec: ActivationSpec, static_scale: torch.Ten
         rounded = scaled.round().clamp_(-top - 1, top)
     else:
         element: Literal["e4m3", "e2m1"] = "e4m3" if spec.element == "e4m3" else "e2m1"
-        rounded = decode_elements(encode_elements(scaled, element), element)
+        rounded = round_elements(scaled, element)
     result = rounded.mul_(steps).reshape(x.shape).to(x.dtype)
     return result if outliers is None else torch.where(outliers.any(-2, keepdim=True), x, result)
 
@@ -105,8 +105,7 @@ def _steps(rows: torch.Tensor, spec: ActivationSpec, static_scale: torch.Tensor 
     largest = rows.abs().amax() if spec.granularity == "tensor" else rows.abs().amax(-1, keepdim=True)
     steps = largest / spec.maximum
     if spec.scale == "e8m0":
-        top = 8 if spec.element == "e4m3" else 2
-        steps = torch.exp2(torch.floor(torch.log2(largest.clamp_min(2.0**-126))) - top)
+        steps = torch.exp2(microscale_exponents(largest, "e4m3" if spec.element == "e4m3" else "e2m1").float())
     elif spec.scale == "e4m3" and static_scale is not None:
         stored = (steps * static_scale.float()).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
         steps = stored / static_scale.float()

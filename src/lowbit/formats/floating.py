@@ -27,7 +27,17 @@ import torch
 from lowbit.errors import NumericsError, UsageError
 from lowbit.formats.spec import PER_CHANNEL, PER_TENSOR
 
-__all__ = ["E2M1_VALUES", "E4M3_MAX", "Element", "FloatSpec", "FloatTensor", "decode_elements", "encode_elements"]
+__all__ = [
+    "E2M1_VALUES",
+    "E4M3_MAX",
+    "Element",
+    "FloatSpec",
+    "FloatTensor",
+    "decode_elements",
+    "encode_elements",
+    "microscale_exponents",
+    "round_elements",
+]
 
 Element: TypeAlias = Literal["e4m3", "e2m1"]
 ScaleKind: TypeAlias = Literal["float", "e4m3", "e8m0"]
@@ -156,10 +166,7 @@ class FloatTensor:
 
     def float_scales(self) -> torch.Tensor:
         """float32, of the shape of ``scales``: what elements are multiplied by."""
-        if self.spec.scale == "e8m0":
-            return torch.exp2(self.scales.float() - 127.0)
-        scales = self.scales.float()
-        return scales if self.global_scale is None else scales / self.global_scale.float()
+        return stored_scale_values(self.scales, self.spec, self.global_scale)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``[out_features, in_features]``, computed in float32 and rounded to ``dtype``."""
@@ -182,6 +189,15 @@ class FloatTensor:
             raise NumericsError(f"{name}: a weight is NaN")
         if not bool(torch.isfinite(self.float_scales()).all()):
             raise NumericsError(f"{name}: a scale is not finite")
+
+
+def stored_scale_values(
+    scales: torch.Tensor, spec: FloatSpec, global_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """float32: what elements are multiplied by under stored ``scales``."""
+    if spec.scale == "e8m0":
+        return torch.exp2(scales.float() - 127.0)
+    return scales.float() if global_scale is None else scales.float() / global_scale.float()
 
 
 def spread(scales: torch.Tensor, spec: FloatSpec, shape: tuple[int, int]) -> torch.Tensor:
@@ -214,38 +230,70 @@ def encode_elements(values: torch.Tensor, element: Element) -> torch.Tensor:
     return (above + tie).clamp_(max=7).to(torch.uint8) | (values < 0).to(torch.uint8) << 3
 
 
+def round_elements(values: torch.Tensor, element: Element) -> torch.Tensor:
+    """float32: the elements nearest to ``values``, as :func:`encode_elements` chooses them, without their codes."""
+    if element == "e4m3":
+        return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    magnitude = values.abs()
+    # Steps of a half, of one and of two; rounding half to even meets the even codes at every bound between them.
+    fine, middle = (magnitude * 2).round_().mul_(0.5), magnitude.round()
+    coarse = (magnitude * 0.5).round_().mul_(2).clamp_(max=6.0)
+    rounded = torch.where(magnitude < 2, fine, torch.where(magnitude < 4, middle, coarse))
+    return torch.copysign(rounded, values)
+
+
+def microscale_exponents(largest: torch.Tensor, element: Element) -> torch.Tensor:
+    """int32: exponents of the powers of two that scale groups with the maxima ``largest`` (0 for one of zeros).
+
+    The power of two at or below the largest magnitude, less that of the largest element, as the microscaling
+    specification has it; one more from 1.75 times that power on, where rounding would carry into the next one. So do
+    compressed-tensors and the reference that vLLM tests against.
+    """
+    mantissa, exponent = torch.frexp(largest.float())
+    exponent = exponent - 1 + (mantissa >= 0.875).to(torch.int32)
+    return torch.where(largest > 0, exponent - (8 if element == "e4m3" else 2), 0).clamp(-127, 127)
+
+
 def quantize(weight: torch.Tensor, spec: FloatSpec) -> FloatTensor:
     """Round ``weight`` float32 ``[out, in]`` to nearest, each scale the smallest that saturates nothing.
 
-    E8M0 scales follow the microscaling specification (the power of two below the largest value's, less the largest
-    element's), which saturates the top of the range. Raises :class:`NumericsError` when a weight is not finite.
+    E8M0 scales may saturate the top of their range a little, see :func:`microscale_exponents`. Raises
+    :class:`NumericsError` when a weight is not finite.
     """
     largest = group_maxima(weight, spec)
-    global_scale = None
-    if spec.scale == "e4m3":
-        global_scale = (E4M3_MAX * spec.maximum / largest.max().clamp_min(1e-30)).reshape(1)
+    global_scale = whole_scale(largest, spec)
     return encode(weight, spec, store_scales(largest, spec, global_scale), global_scale)
+
+
+def whole_scale(largest: torch.Tensor, spec: FloatSpec) -> torch.Tensor | None:
+    """float32 ``[1]``: NVFP4's global scale for groups with the maxima ``largest``; None for other formats."""
+    if spec.scale != "e4m3":
+        return None
+    return (E4M3_MAX * spec.maximum / largest.max().clamp_min(1e-30)).reshape(1)
 
 
 def group_maxima(weight: torch.Tensor, spec: FloatSpec) -> torch.Tensor:
     """float32 ``spec.scale_shape``: the largest magnitude under each scale."""
-    rows, columns = spec.scale_shape(*weight.shape)
-    height = spec.rows if spec.group_size > 0 else weight.shape[0] // rows
-    width = spec.group_size if spec.group_size > 0 else weight.shape[1]
-    padding = (0, columns * width - weight.shape[1], 0, rows * height - weight.shape[0])
-    padded = torch.nn.functional.pad(weight, padding) if any(padding) else weight
-    largest = padded.reshape(rows, height, columns, width).abs().amax((1, 3)).float()
+    largest = blocks(weight, spec).abs().amax((1, 3)).float()
     if not bool(torch.isfinite(largest).all()):
         raise NumericsError("a weight is NaN or infinite: the source checkpoint is damaged")
     return largest
 
 
+def blocks(values: torch.Tensor, spec: FloatSpec) -> torch.Tensor:
+    """``values`` ``[out, in]`` as ``[scale rows, rows of a block, scale columns, columns of a block]``, zeros added."""
+    rows, columns = spec.scale_shape(values.shape[0], values.shape[1])
+    height = spec.rows if spec.group_size > 0 else values.shape[0] // rows
+    width = spec.group_size if spec.group_size > 0 else values.shape[1]
+    padding = (0, columns * width - values.shape[1], 0, rows * height - values.shape[0])
+    padded = torch.nn.functional.pad(values, padding) if any(padding) else values
+    return padded.reshape(rows, height, columns, width)
+
+
 def store_scales(largest: torch.Tensor, spec: FloatSpec, global_scale: torch.Tensor | None = None) -> torch.Tensor:
     """The scales, as stored, under which magnitudes up to ``largest`` (``spec.scale_shape``) fit the elements."""
     if spec.scale == "e8m0":
-        top = 8 if spec.element == "e4m3" else 2
-        exponents = torch.floor(torch.log2(largest.clamp_min(2.0**-126))) - top + 127
-        return torch.where(largest > 0, exponents.clamp(0, 254), torch.full_like(exponents, 127)).to(torch.uint8)
+        return (microscale_exponents(largest, spec.element) + 127).to(torch.uint8)
     wanted = largest / spec.maximum
     if global_scale is not None:
         stored = (wanted * global_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
@@ -261,6 +309,5 @@ def encode(
     weight: torch.Tensor, spec: FloatSpec, scales: torch.Tensor, global_scale: torch.Tensor | None = None
 ) -> FloatTensor:
     """The nearest codes of ``weight`` float32 ``[out, in]`` under the stored ``scales``."""
-    empty = FloatTensor(spec, torch.empty(0, 0, dtype=torch.uint8), scales, global_scale)
-    values = weight / spread(empty.float_scales(), spec, (weight.shape[0], weight.shape[1]))
+    values = weight / spread(stored_scale_values(scales, spec, global_scale), spec, (weight.shape[0], weight.shape[1]))
     return FloatTensor(spec, encode_elements(values, spec.element), scales, global_scale)
