@@ -18,7 +18,12 @@ from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.pipeline.quantize import QuantizeResult, quantize
 from lowbit.pipeline.streamed import StreamedModel
 
-OTHERS = [("llama", "rtn"), *((name, "awq") for name in ("gemma", "gemma3_text", "opt", "phi", "phi3"))]
+OTHERS = [
+    ("llama", "rtn"),
+    ("llama", "gptaq"),
+    ("qwen3_moe", "gptaq"),
+    *((name, "awq") for name in ("gemma", "gemma3_text", "opt", "phi", "phi3")),
+]
 
 
 def _quantize(source: Path, out: Path, text: Path, **settings: Any) -> QuantizeResult:
@@ -112,10 +117,11 @@ def test_a_transform_goes_before_any_method(tiny_llama: Path, calibration_file: 
     assert not all(torch.equal(changed[name], original[name]) for name in norms)
 
 
-def test_memory_budget_changes_nothing(tiny_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_memory_budget_changes_nothing(method: str, tiny_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
     """With too little memory to keep states between stages, every stage runs again from the block's input."""
-    _quantize(tiny_llama, tmp_path / "kept", calibration_file, memory=2**33)
-    _quantize(tiny_llama, tmp_path / "again", calibration_file, memory=2**20)
+    _quantize(tiny_llama, tmp_path / "kept", calibration_file, memory=2**33, method=method)
+    _quantize(tiny_llama, tmp_path / "again", calibration_file, memory=2**20, method=method)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "again"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

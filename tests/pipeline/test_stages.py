@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.pipeline.stages import Stage, StagedForward, discover_stages, split_stages
+from lowbit.pipeline.stages import Reference, Stage, StagedForward, discover_stages, split_stages
 from lowbit.pipeline.streamed import StreamedModel
 
 EXPECTED = {
@@ -59,7 +59,7 @@ def test_each_stage_sees_inputs_through_the_weights_solved_before(
 
     with torch.no_grad():
         StagedForward(block, stages, forwards, keep=keep).run(
-            lambda group, x: delivered.setdefault(group[0], []).append(x.clone()), solve, outputs.__setitem__
+            lambda group, x, _: delivered.setdefault(group[0], []).append(x.clone()), solve, outputs.__setitem__
         )
     assert sorted(solved) == sorted(names)
 
@@ -86,3 +86,47 @@ def test_each_stage_sees_inputs_through_the_weights_solved_before(
                 plain.get_submodule(name).weight.data.mul_(0.5)
     for i in range(4):
         torch.testing.assert_close(outputs[i], model.run_block(plain, 0, hidden[i : i + 1]))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_the_float_block_runs_beside_to_the_same_inputs(
+    model_type: str, keep: bool, checkpoint_of: Callable[[str], Path]
+) -> None:
+    """Each input arrives with that of a block whose weights nobody changes; inputs of experts arrive alone."""
+    model, block, names, hidden = _block(checkpoint_of(model_type))
+    stages = discover_stages(block, names, lambda: model.run_block(block, 0, hidden[:1]))
+    other = hidden + 0.1
+    beside = model.load_block(0)
+    delivered: dict[str, list[torch.Tensor | None]] = {}
+    outputs: dict[int, torch.Tensor] = {}
+
+    def solve(stage: Stage) -> None:
+        for group in stage.groups:
+            for name in group:
+                block.get_submodule(name).weight.data.mul_(0.5)
+
+    def forwards(owner: nn.Module, states: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+        return [lambda i=i: model.run_block(owner, 0, states[i : i + 1]) for i in range(4)]  # type: ignore[misc]
+
+    with torch.no_grad():
+        reference = Reference(beside, forwards(beside, other), outputs.__setitem__)
+        StagedForward(block, stages, forwards(block, hidden), keep=keep, reference=reference).run(
+            lambda group, _, r: delivered.setdefault(group[0], []).append(r), solve, lambda index, output: None
+        )
+    plain = model.load_block(0)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for group in (group for stage in stages for group in stage.groups):
+        plain.get_submodule(group[0]).register_forward_pre_hook(
+            lambda _, a, name=group[0]: seen.setdefault(name, []).append(a[0].clone())
+        )
+    expected = [model.run_block(plain, 0, other[i : i + 1]) for i in range(4)]
+    for name, inputs in delivered.items():
+        if ".experts." in name:
+            assert set(inputs) == {None}
+            continue
+        for found, wanted in zip(inputs, seen[name], strict=True):
+            assert found is not None
+            torch.testing.assert_close(found, wanted)
+    for index in range(4):
+        torch.testing.assert_close(outputs[index], expected[index])

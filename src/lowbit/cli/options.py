@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from lowbit.errors import UsageError
 
-METHODS = ("gptq", "awq", "rtn")
-TRANSFORMS = ("awq", "none")
+METHODS = ("gptq", "gptaq", "awq", "rtn")
+TRANSFORMS = ("awq", "smoothquant", "none")
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "dense")
 """The names in the registries of methods, transforms and codecs, repeated here so that ``--help`` needs no torch; a
 test holds them together."""

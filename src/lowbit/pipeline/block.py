@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
 from lowbit.pipeline.inputs import InputScales, RoundingLinear
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.recipe import ModulePlan, Recipe, method_options
-from lowbit.pipeline.stages import Group, Stage, StagedForward, discover_stages, split_stages
+from lowbit.pipeline.stages import Group, Reference, Stage, StagedForward, discover_stages, split_stages
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
-from lowbit.quant import METHODS, InputStatistics, output_error, weight_error
+from lowbit.quant import METHODS, InputStatistics, PairedStatistics, output_error, weight_error
 from lowbit.quant.methods import Options
 from lowbit.quant.solution import Solution
 from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
@@ -32,7 +32,7 @@ STARVED_SHARE = 0.005
 def options_of(recipe: Recipe, plan: ModulePlan) -> Options:
     """The options of a module's method: the recipe's where it is the recipe's method, with the module's ordering."""
     given = dict(recipe.options) if plan.method == recipe.method else {}
-    if plan.ordering is not None and plan.method == "gptq":
+    if plan.ordering is not None and "ordering" in {field.name for field in fields(METHODS[plan.method].options)}:
         given["ordering"] = plan.ordering
     return method_options(METHODS[plan.method].options, given)
 
@@ -58,6 +58,20 @@ class ModuleReport:
         """The fields that are set, for the manifest and the journal."""
         values = {name: getattr(self, name) for name in self.__slots__}
         return {key: value for key, value in values.items() if value not in (None, False) or key == "weight_error"}
+
+
+Load = Callable[[], torch.Tensor]
+"""Reads one batch of hidden states."""
+OnOutput = Callable[[int, torch.Tensor], None]
+"""Gets the outputs of a batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The float model's hidden states: its inputs of the block in the same batches, and who gets its outputs."""
+
+    batches: Sequence[Load]
+    on_output: OnOutput
 
 
 class BlockQuantizer:
@@ -95,21 +109,33 @@ class BlockQuantizer:
 
     def run(
         self,
-        batches: Sequence[Callable[[], torch.Tensor]],
-        on_output: Callable[[int, torch.Tensor], None],
+        batches: Sequence[Load],
+        on_output: OnOutput,
         *,
         stages: Sequence[Stage],
         keep: bool,
         group_limit: int,
+        beside: Beside | None = None,
     ) -> None:
-        """Solve stage by stage over ``batches`` of hidden states and hand the quantized block's outputs over."""
+        """Solve stage by stage over ``batches`` of hidden states and hand the quantized block's outputs over.
+
+        ``beside`` has the same batches of the float model.
+        """
         wanted = [stage for stage in stages if any(name in self.plans for group in stage.groups for name in group)]
 
-        def forward(load: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-            return lambda: self.model.run_block(self.block, self.index, load())
+        def forwards(block: nn.Module, loads: Sequence[Load]) -> list[Load]:
+            return [lambda load=load: self.model.run_block(block, self.index, load()) for load in loads]  # type: ignore[misc]
 
+        reference = None
+        if beside is not None:
+            block = self.model.load_block(self.index)
+            reference = Reference(block, forwards(block, beside.batches), beside.on_output)
         staged = StagedForward(
-            self.block, split_stages(wanted, group_limit), [forward(load) for load in batches], keep=keep
+            self.block,
+            split_stages(wanted, group_limit),
+            forwards(self.block, batches),
+            keep=keep,
+            reference=reference,
         )
         staged.run(self._add_input, self._solve_stage, on_output)
 
@@ -119,13 +145,19 @@ class BlockQuantizer:
             self.block, self.linears, lambda: self.model.run_block(self.block, self.index, load()[:1])
         )
 
-    def _add_input(self, group: Group, x: torch.Tensor) -> None:
-        if not any(name in self.plans for name in group):
+    def _add_input(self, group: Group, x: torch.Tensor, reference: torch.Tensor | None) -> None:
+        planned = [self.plans[name] for name in group if name in self.plans]
+        if not planned:
             return
         statistics = self._statistics.get(group)
         if statistics is None:
-            statistics = self._statistics[group] = InputStatistics(x.shape[-1], device=x.device)
-        statistics.add(x)
+            paired = reference is not None and any(plan.needs_reference for plan in planned)
+            kind = PairedStatistics if paired else InputStatistics
+            statistics = self._statistics[group] = kind(x.shape[-1], device=x.device)
+        if isinstance(statistics, PairedStatistics) and reference is not None:
+            statistics.add_pair(x, reference)
+        else:
+            statistics.add(x)
 
     def _solve_stage(self, stage: Stage) -> None:
         for group in stage.groups:

@@ -122,6 +122,11 @@ class Job:
         dense = [name for name, entry in self.plan.items() if entry is None]
         return dense + [name for name in self.model.head_names() if name not in dense]
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the float model runs beside the quantized one."""
+        return any(entry is not None and entry.needs_reference for entry in self.plan.values())
+
     def block_plan(self, index: int) -> dict[str, ModulePlan]:
         """What is planned for block ``index``, by names relative to the block."""
         found = {}

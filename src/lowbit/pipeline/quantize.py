@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from lowbit import __version__
 from lowbit.checkpoint import Manifest, PartialCheckpoint, check_output, read_manifest
-from lowbit.pipeline.block import BlockQuantizer, ModuleReport
+from lowbit.pipeline.block import Beside, BlockQuantizer, Load, ModuleReport
 from lowbit.pipeline.job import Job, plan_job
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.stages import Stage
@@ -111,7 +111,7 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress) -> list[Modul
     stores = _stores(job, partial.scratch) if job.calibration is not None else None
     if done == 0:
         if stores is not None:
-            _embed(job, stores[0])
+            _embed(job, stores)
         partial.commit_part(0, job.shell_tensors(), {"modules": []})
         done = 1
     stages: dict[tuple[str, ...], list[Stage]] = {}
@@ -129,7 +129,7 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress) -> list[Modul
         del block  # so that two blocks are never in memory at once
     progress.close()
     if stores is not None:
-        for store in stores:
+        for store in (*stores.states, *stores.beside):
             store.close()
     return reports
 
@@ -140,11 +140,21 @@ def _reports(out: Path) -> list[ModuleReport]:
     return [] if manifest is None else [ModuleReport(name=name, **rest) for name, rest in manifest.modules.items()]
 
 
-def _stores(job: Job, scratch: Path) -> tuple[ActivationStore, ActivationStore]:
+@dataclass(frozen=True, slots=True)
+class _Stores:
+    """Hidden states before and after a block, of the quantized model and, where it runs ``beside``, the float one."""
+
+    states: tuple[ActivationStore, ...]
+    beside: tuple[ActivationStore, ...]
+
+
+def _stores(job: Job, scratch: Path) -> _Stores:
     assert job.calibration is not None
     samples, length = job.calibration.ids.shape
     shape = (samples, length, job.model.hidden_size, job.model.dtype)
-    return ActivationStore(scratch / "states-0.bin", *shape), ActivationStore(scratch / "states-1.bin", *shape)
+    names = ("states-0", "states-1", "float-0", "float-1")[: 4 if job.needs_reference else 2]
+    stores = tuple(ActivationStore(scratch / f"{name}.bin", *shape) for name in names)
+    return _Stores(stores[:2], stores[2:])
 
 
 def _batches(job: Job) -> list[tuple[int, int]]:
@@ -155,17 +165,25 @@ def _batches(job: Job) -> list[tuple[int, int]]:
     return [(first, min(size, samples - first)) for first in range(0, samples, size)]
 
 
-def _embed(job: Job, store: ActivationStore) -> None:
+def _embed(job: Job, stores: _Stores) -> None:
     assert job.calibration is not None
+    written = (*stores.states[:1], *stores.beside[:1])
     for first, count in _batches(job):
-        store.write(first, job.model.embed(job.calibration.ids[first : first + count]))
-    store.sync()
+        embedded = job.model.embed(job.calibration.ids[first : first + count])
+        for store in written:
+            store.write(first, embedded)
+    for store in written:
+        store.sync()
+
+
+def _loads(job: Job, store: ActivationStore) -> list[Load]:
+    return [lambda first=first, count=count: store.read(first, count) for first, count in _batches(job)]  # type: ignore[misc]
 
 
 def _quantize_block(
     job: Job,
     index: int,
-    stores: tuple[ActivationStore, ActivationStore] | None,
+    stores: _Stores | None,
     stages: dict[tuple[str, ...], list[Stage]],
     progress: Progress,
 ) -> BlockQuantizer:
@@ -174,23 +192,28 @@ def _quantize_block(
     if stores is None:
         block.solve_without_statistics()
         return block
-    source, target = stores[index % 2], stores[(index + 1) % 2]
-    loads: list[Callable[[], torch.Tensor]] = [
-        lambda first=first, count=count: source.read(first, count)  # type: ignore[misc]
-        for first, count in _batches(job)
-    ]
+    target = stores.states[(index + 1) % 2]
+    loads = _loads(job, stores.states[index % 2])
     kind = tuple(block.linears)
     if kind not in stages:
         stages[kind] = block.stages(loads[0])
     firsts = [first for first, _ in _batches(job)]
+    beside = None
+    if stores.beside:
+        outputs = stores.beside[(index + 1) % 2]
+        beside = Beside(
+            _loads(job, stores.beside[index % 2]), lambda batch, output: outputs.write(firsts[batch], output)
+        )
     block.run(
         loads,
         lambda batch, output: target.write(firsts[batch], output),
         stages=stages[kind],
         keep=job.decisions.keep_states,
         group_limit=job.decisions.group_limit,
+        beside=beside,
     )
-    target.sync()
+    for store in (target, *stores.beside[(index + 1) % 2 :][:1]):
+        store.sync()
     return block
 
 

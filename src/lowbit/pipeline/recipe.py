@@ -176,6 +176,12 @@ class ModulePlan:
         pruned = self.sparsity is not None and self.pruner != "magnitude"
         return static or pruned or transform != NO_TRANSFORM or (method is not None and method.needs_statistics)
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the float model has to run beside the quantized one for this module."""
+        method = METHODS.get(self.method)
+        return method is not None and method.needs_reference
+
     def __str__(self) -> str:
         parts = [f"{Scheme(self.spec, self.inputs)} by {self.method}"]
         parts += [f"with ordering {self.ordering}"] if self.ordering else []

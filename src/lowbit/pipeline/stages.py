@@ -94,6 +94,11 @@ def _expert_stages(
     return point
 
 
+def _is_paired(stage: Stage) -> bool:
+    """Whether the same tokens arrive in every model: everywhere but inside experts."""
+    return ":" not in stage.name
+
+
 def split_stages(stages: Sequence[Stage], limit: int) -> list[Stage]:
     """Stages of at most ``limit`` groups each, so that only so many experts' statistics are alive at a time."""
     split: list[Stage] = []
@@ -103,27 +108,52 @@ def split_stages(stages: Sequence[Stage], limit: int) -> list[Stage]:
     return split
 
 
+OnInput = Callable[[Group, torch.Tensor, torch.Tensor | None], None]
+"""Told of a group's input in one batch, and of the float model's in the same places where that runs beside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The float block that runs beside: its forwards batch by batch, and who gets its outputs.
+
+    Experts are excepted: the two models may choose different ones for a token, so their inputs are no pairs.
+    """
+
+    block: nn.Module
+    forwards: Sequence[Callable[[], torch.Tensor]]
+    on_output: Callable[[int, torch.Tensor], None]
+
+
 class StagedForward:
     """Runs a block's forward stage by stage over batches.
 
-    ``block``     the materialised block; the caller replaces weights between stages
-    ``stages``    from :func:`discover_stages`
-    ``forwards``  one call per batch, each running the block and returning its output
+    ``block``      the materialised block; the caller replaces weights between stages
+    ``stages``     from :func:`discover_stages`
+    ``forwards``   one call per batch, each running the block and returning its output
+    ``reference``  the float block, run beside to the same stages; its weights stay
     """
 
     def __init__(
-        self, block: nn.Module, stages: Sequence[Stage], forwards: Sequence[Callable[[], torch.Tensor]], *, keep: bool
+        self,
+        block: nn.Module,
+        stages: Sequence[Stage],
+        forwards: Sequence[Callable[[], torch.Tensor]],
+        *,
+        keep: bool,
+        reference: Reference | None = None,
     ) -> None:
         self._block = block
         self._stages = [stage for stage in stages if stage.groups]
         self._forwards = forwards
         self._keep = keep
+        self._reference = reference
+        self._beside: torch.Tensor | None = None
         self._open: set[str] = set()
-        self._on_input: Callable[[Group, torch.Tensor], None] = lambda group, x: None
+        self._on_input: OnInput = lambda group, x, reference: None
 
     def run(
         self,
-        on_input: Callable[[Group, torch.Tensor], None],
+        on_input: OnInput,
         on_stage: Callable[[Stage], None],
         on_output: Callable[[int, torch.Tensor], None],
     ) -> None:
@@ -145,8 +175,13 @@ class StagedForward:
 
     def _run_kept(self, on_stage: Callable[[Stage], None], on_output: Callable[[int, torch.Tensor], None]) -> None:
         running = [greenlet(forward) for forward in self._forwards]
+        beside = [greenlet(forward) for forward in self._reference.forwards] if self._reference is not None else []
         for stage in [*self._stages, None]:
             for index, batch in enumerate(running):
+                if self._reference is not None and (stage is None or _is_paired(stage)):
+                    result = beside[index].switch()
+                    if beside[index].dead:
+                        self._reference.on_output(index, result)
                 result = batch.switch()
                 if batch.dead:
                     on_output(index, result)
@@ -156,15 +191,23 @@ class StagedForward:
 
     def _run_again(self, on_stage: Callable[[Stage], None], on_output: Callable[[int, torch.Tensor], None]) -> None:
         for stage in self._stages:
-            for forward in self._forwards:
-                try:
-                    forward()
-                except _StoppedError:
-                    continue
+            for index, forward in enumerate(self._forwards):
+                if self._reference is not None and _is_paired(stage):
+                    self._until_stop(self._reference.forwards[index])
+                self._until_stop(forward)
             on_stage(stage)
             self._open.discard(stage.name)
         for index, forward in enumerate(self._forwards):
+            if self._reference is not None:
+                self._reference.on_output(index, self._reference.forwards[index]())
             on_output(index, forward())
+
+    @staticmethod
+    def _until_stop(forward: Callable[[], torch.Tensor]) -> None:
+        try:
+            forward()
+        except _StoppedError:
+            return
 
     def _stop(self) -> None:
         if not self._keep:
@@ -175,17 +218,25 @@ class StagedForward:
     def _install(self) -> list[torch.utils.hooks.RemovableHandle]:
         handles = []
         modules = dict(self._block.named_modules())
+        others = {} if self._reference is None else dict(self._reference.block.named_modules())
         for stage in self._stages:
-            path, _, kind = stage.name.partition(":")
-            if kind:
+            if not _is_paired(stage):
                 continue
 
             def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...], stage: Stage = stage) -> None:
                 if stage.name in self._open:
-                    self._on_input(stage.groups[0], arguments[0])
+                    self._on_input(stage.groups[0], arguments[0], self._beside)
+                    self._beside = None
                     self._stop()
 
-            handles.append(modules[path].register_forward_pre_hook(hook))
+            def look(_: nn.Module, arguments: tuple[torch.Tensor, ...], stage: Stage = stage) -> None:
+                if stage.name in self._open:
+                    self._beside = arguments[0]
+                    self._stop()
+
+            handles.append(modules[stage.name].register_forward_pre_hook(hook))
+            if others:
+                handles.append(others[stage.name].register_forward_pre_hook(look))
         for path, module in modules.items():
             if isinstance(module, UnfusedExperts):
                 module.stage_point = self._expert_point(path)
@@ -199,7 +250,7 @@ class StagedForward:
                     continue
                 for group in stage.groups:
                     if group[0] in by_linear:
-                        self._on_input(group, by_linear[group[0]])
+                        self._on_input(group, by_linear[group[0]], None)
                 self._stop()
 
         return point

@@ -77,17 +77,23 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class MethodCost:
-    """Work of a method on one weight ``(out, in)``: ``flops`` in products, ``passes`` over all weights."""
+    """Work of a method on one weight ``(out, in)``: ``flops`` in products, ``passes`` over all weights.
+
+    ``needs_reference`` says that the float model runs beside the quantized one.
+    """
 
     flops: Callable[[int, int], float]
     passes: float
     needs_statistics: bool = True
     factorises: bool = False
+    needs_reference: bool = False
 
 
 METHOD_COSTS: dict[str, MethodCost] = {
     "rtn": MethodCost(lambda out, into: 0.0, 20.0, needs_statistics=False),
     "gptq": MethodCost(lambda out, into: 3.0 * out * into * into, 22.0, factorises=True),
+    # A cross product as large as the Gram matrix is solved for with the factor, twice, and applied.
+    "gptaq": MethodCost(lambda out, into: 5.0 * out * into * into, 22.0, factorises=True, needs_reference=True),
     # 20 candidates of the scaling, each judged by tr(D G Dᵀ), and a clip search within groups.
     "awq": MethodCost(lambda out, into: 42.0 * out * into * into, 60.0),
 }
@@ -108,7 +114,8 @@ def predict(
     for members in blocks.values():
         for part, value in _block_seconds(members, groups, workload, gemm_flops, calibrated).items():
             seconds[part] += value
-    return Prediction(seconds, _memory(blocks, workload, calibrated), _scratch(workload) if calibrated else 0)
+    scratch = _scratch(workload) * (2 if _runs_beside(modules) else 1)
+    return Prediction(seconds, _memory(blocks, workload, calibrated), scratch if calibrated else 0)
 
 
 def output_bytes(modules: Iterable[PlannedModule], dense_bytes: int, dense_itemsize: int) -> int:
@@ -123,6 +130,11 @@ def disk_bytes(output: int, prediction: Prediction) -> int:
 
 def _cost(module: PlannedModule) -> MethodCost:
     return METHOD_COSTS.get(module.method) or max(METHOD_COSTS.values(), key=lambda cost: cost.passes)
+
+
+def _runs_beside(modules: Iterable[PlannedModule]) -> bool:
+    """Whether the float model runs beside the quantized one for some of ``modules``."""
+    return any(module.spec is not None and _cost(module).needs_reference for module in modules)
 
 
 def _tokens(module: PlannedModule, workload: Workload) -> float:
@@ -143,7 +155,8 @@ def _block_seconds(
         flops = sum(2.0 * m.weights * _tokens(m, workload) for m in members)
         flops += 4.0 * workload.tokens * workload.seq_len * workload.heads * workload.head_dim
         repeats = 1.0 if workload.keep_states else (len(by_input(members, groups)) + 1) / 2
-        out["forward"] = repeats * flops / (gemm_flops * _FORWARD_SHARE)
+        models = 2.0 if _runs_beside(members) else 1.0
+        out["forward"] = models * repeats * flops / (gemm_flops * _FORWARD_SHARE)
     statistics = factorise = solve = passes = 0.0
     for together in by_input(members, groups):
         planned = [m for m in together if m.spec is not None]
@@ -151,7 +164,8 @@ def _block_seconds(
             continue
         into = planned[0].shape[1]
         if any(_cost(m).needs_statistics for m in planned):
-            statistics += _tokens(planned[0], workload) * into**2
+            products = 3.0 if _runs_beside(planned) else 1.0
+            statistics += products * _tokens(planned[0], workload) * into**2
         if any(_cost(m).factorises for m in planned):
             factorise += float(into) ** 3
         solve += sum(_cost(m).flops(*m.shape) for m in planned)
@@ -175,8 +189,11 @@ def _memory(blocks: dict[str, list[PlannedModule]], workload: Workload, calibrat
         "solver": weights * 4 * 3,
     }
     if calibrated:
-        memory["statistics"] = int(_GRAMS * 4 * widest**2)
-        memory["activations"] = _in_flight(workload, widest)
+        models = 2 if _runs_beside(planned) else 1
+        # beside a Gram matrix its cross product with the float model's inputs, what solves it, and the solution
+        memory["statistics"] = int((_GRAMS + 3 * (models - 1)) * 4 * widest**2)
+        memory["activations"] = models * _in_flight(workload, widest)
+        memory["block"] += (models - 1) * largest * workload.itemsize
     return memory
 
 

@@ -3,9 +3,11 @@
 from lowbit.quant.allocation import Option, allocate
 from lowbit.quant.awq import AwqOptions, AwqScaling, search_scales
 from lowbit.quant.error import WeightError, output_error, weight_error
+from lowbit.quant.gptaq import GptaqOptions
 from lowbit.quant.gptq import Factor, GptqOptions, factorise
 from lowbit.quant.gptq import solve as solve_gptq
 from lowbit.quant.methods import METHODS, Method, Options
+from lowbit.quant.paired import PairedStatistics
 from lowbit.quant.rtn import RtnOptions, round_to_nearest
 from lowbit.quant.solution import Solution
 from lowbit.quant.statistics import InputStatistics
@@ -15,11 +17,13 @@ __all__ = [
     "AwqOptions",
     "AwqScaling",
     "Factor",
+    "GptaqOptions",
     "GptqOptions",
     "InputStatistics",
     "Method",
     "Option",
     "Options",
+    "PairedStatistics",
     "RtnOptions",
     "Solution",
     "WeightError",

@@ -11,17 +11,18 @@ import torch
 from lowbit.errors import NumericsError
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.weights import WeightSpec
-from lowbit.quant import awq, gptq
+from lowbit.quant import awq, gptaq, gptq
 from lowbit.quant.awq import AwqOptions
-from lowbit.quant.gptq import Factor, GptqOptions
+from lowbit.quant.gptaq import GptaqOptions
+from lowbit.quant.gptq import GptqOptions
 from lowbit.quant.rtn import RtnOptions, round_to_nearest
 from lowbit.quant.solution import Solution
 from lowbit.quant.statistics import InputStatistics
 
 __all__ = ["METHODS", "Method", "Options"]
 
-Options: TypeAlias = RtnOptions | GptqOptions | AwqOptions
-_Shared: TypeAlias = MutableMapping[Options, Factor]
+Options: TypeAlias = RtnOptions | GptqOptions | GptaqOptions | AwqOptions
+_Shared: TypeAlias = MutableMapping[Options, Any]
 _Solver: TypeAlias = Callable[[torch.Tensor, InputStatistics | None, Any, Any, _Shared, str], Solution]
 
 
@@ -31,6 +32,7 @@ class Method:
 
     ``options``           dataclass of its settings
     ``needs_statistics``  whether it solves nothing without calibration inputs
+    ``needs_reference``   whether it wants the float model's inputs beside the quantized model's
     ``supports``          reasons why it makes no weights of a format, each with the way out
     ``transform``         the one of :data:`lowbit.quant.transforms.TRANSFORMS` that goes before it unless the recipe
                           names another
@@ -42,6 +44,7 @@ class Method:
     solver: _Solver
     supports: Callable[[WeightSpec], list[str]]
     transform: str | None = None
+    needs_reference: bool = False
 
     def solve(
         self,
@@ -92,6 +95,21 @@ def _gptq(
     return gptq.solve(weight, shared[options], spec, options)
 
 
+def _gptaq(
+    weight: torch.Tensor,
+    statistics: InputStatistics | None,
+    spec: IntSpec,
+    options: GptaqOptions,
+    shared: _Shared,
+    name: str,
+) -> Solution:
+    if statistics is None:
+        raise NumericsError("gptaq needs calibration inputs and has none: give more calibration text, or use rtn")
+    if options not in shared:
+        shared[options] = gptaq.prepare(statistics, options)
+    return gptaq.solve(weight, shared[options], spec, options)
+
+
 def _awq(
     weight: torch.Tensor,
     statistics: InputStatistics | None,
@@ -116,6 +134,9 @@ def _integers(spec: WeightSpec) -> list[str]:
 METHODS: Mapping[str, Method] = {
     "rtn": Method("rtn", RtnOptions, needs_statistics=False, solver=_rtn, supports=_any),
     "gptq": Method("gptq", GptqOptions, needs_statistics=True, solver=_gptq, supports=_integers),
+    "gptaq": Method(
+        "gptaq", GptaqOptions, needs_statistics=True, solver=_gptaq, supports=_integers, needs_reference=True
+    ),
     "awq": Method("awq", AwqOptions, needs_statistics=True, solver=_awq, supports=_any, transform="awq"),
 }
 """Every method of ``--method``."""
