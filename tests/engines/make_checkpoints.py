@@ -4,7 +4,8 @@
 
 Each case becomes `OUT/<name>/` with `OUT/<name>.expected.json` beside it (see `expectations.py`). The answers are
 those of plain transformers in float32 over the checkpoint converted to `dense`, so they owe nothing to lowbit's
-streaming evaluation, which is compared with them here.
+streaming evaluation, which is compared with them here. Where inputs are quantized too, no dense model stands for the
+checkpoint: the answers are then those of lowbit's own simulation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import lowbit
 from lowbit.checkpoint.checkpoint import open_checkpoint
+from lowbit.codecs import StoredGrid
 from lowbit.pipeline.streamed import StreamedModel
 
 OWN_TOLERANCE = 2e-3
@@ -51,6 +54,8 @@ CASES = (
     Case("compressed-tensors", "gptq", "W8A16"),
     Case("compressed-tensors", "gptq", "W3A16"),
     Case("gptq", "gptq", "W8A16"),
+    *(Case("compressed-tensors", "gptq", scheme) for scheme in ("W8A8", "W8A8_STATIC", "FP8", "FP8_DYNAMIC")),
+    *(Case("compressed-tensors", "rtn", scheme) for scheme in ("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16")),
 )
 
 
@@ -91,9 +96,10 @@ def _expect(target: Path, case: Case) -> None:
         if case.format != "dense":
             dense = Path(scratch) / "dense"
             lowbit.convert(target, dense, "dense", dtype="float32")
-        model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(target)
-        prompts = sorted(_candidates(model, tokenizer), key=lambda p: -min(p.margins))[:PROMPTS]
+        with _simulated(target) as simulated:
+            model = simulated or AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+            prompts = sorted(_candidates(model, tokenizer), key=lambda p: -min(p.margins))[:PROMPTS]
     own = max(_own_difference(target, prompt) for prompt in prompts)
     expected = Expected(format=case.format, scheme=case.scheme, method=case.method, prompts=tuple(prompts))
     expected.write(target.parent / f"{target.name}.expected.json")
@@ -101,6 +107,18 @@ def _expect(target: Path, case: Case) -> None:
     print(json.dumps({"case": target.name, "own_difference_nats": own, "smallest_margin_nats": margin}), flush=True)
     if own > OWN_TOLERANCE:
         raise SystemExit(f"{target.name}: lowbit's own evaluation differs from transformers by {own:.2g} nats")
+
+
+@contextmanager
+def _simulated(target: Path) -> Iterator[torch.nn.Module | None]:
+    """The transformers model whose linears round their inputs, as lowbit does it; None where no inputs are rounded."""
+    with open_checkpoint(target) as checkpoint:
+        streamed = StreamedModel(checkpoint)
+        if not any(isinstance(entry, StoredGrid) and entry.inputs for entry in streamed.plan.values()):
+            yield None
+            return
+        with streamed.with_blocks([streamed.load_block(i) for i in range(len(streamed.block_names))]) as model:
+            yield model
 
 
 @torch.no_grad()

@@ -197,7 +197,7 @@ class BlockQuantizer:
     def _scale(self, group: Group, planned: list[str], statistics: InputStatistics) -> torch.Tensor | None:
         """Search and fold an activation-aware scaling of the group's input; None where there is none."""
         plan = self.plans[planned[0]]
-        name = plan.transform or METHODS[plan.method].transform or NO_TRANSFORM
+        name = plan.applied_transform
         target = fold_target(self.block, self.model.family, group[0])
         if name == NO_TRANSFORM or target is None or not self._can_divide(target):
             return None

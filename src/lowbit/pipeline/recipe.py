@@ -168,10 +168,22 @@ class ModulePlan:
     pruner: str | None = None
 
     @property
+    def applied_transform(self) -> str:
+        """The transform before the method: the one asked for, else the method's own.
+
+        Else SmoothQuant, where inputs become int8 beside 8-bit weights and the method calibrates anyway.
+        """
+        method = METHODS.get(self.method)
+        if self.transform is not None or method is None:
+            return self.transform or NO_TRANSFORM
+        smooth = self.inputs is not None and self.inputs.element == "int8" and self.spec.bits == 8
+        default = "smoothquant" if smooth and method.needs_statistics else NO_TRANSFORM
+        return method.transform or default
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether calibration inputs decide anything about this module."""
-        method = METHODS.get(self.method)
-        transform = self.transform or (method.transform if method else None) or NO_TRANSFORM
+        method, transform = METHODS.get(self.method), self.applied_transform
         static = self.inputs is not None and self.inputs.needs_calibration
         pruned = self.sparsity is not None and self.pruner != "magnitude"
         return static or pruned or transform != NO_TRANSFORM or (method is not None and method.needs_statistics)
