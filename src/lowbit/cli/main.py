@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from lowbit import __version__
 from lowbit.cli import (
+    alerts,
     backup,
     backup_verify,
     bench,
@@ -50,6 +51,7 @@ VERBS = {
     "backup-verify": backup_verify,
     "restore": restore,
     "prune": prune,
+    "alerts": alerts,
     "demo": demo,
 }
 """Verb to the module with its ``HELP``, ``EXAMPLES``, ``add_arguments`` and ``run``."""
