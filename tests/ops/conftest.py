@@ -1,6 +1,7 @@
-"""Makes the helpers of these tests, and those of the fault tests, importable (tests are imported without a package)."""
+"""Makes helpers importable (tests are imported without a package): these tests', the fault tests', the gateway's."""
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "faults")]
+_HERE = Path(__file__).parent
+sys.path[:0] = [str(_HERE), str(_HERE.parent / "faults"), str(_HERE.parent / "gateway")]

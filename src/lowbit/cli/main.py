@@ -18,6 +18,7 @@ from lowbit.cli import (
     chat,
     convert,
     demo,
+    doctor,
     estimate,
     evaluate,
     fit,
@@ -52,6 +53,7 @@ VERBS = {
     "restore": restore,
     "prune": prune,
     "alerts": alerts,
+    "doctor": doctor,
     "demo": demo,
 }
 """Verb to the module with its ``HELP``, ``EXAMPLES``, ``add_arguments`` and ``run``."""
