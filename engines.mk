@@ -5,9 +5,9 @@ ENVIRONMENT  := $(BIN)/python tests/engines/environments.py
 ENGINE_MODEL ?= demo
 BENCH        ?=
 
-.PHONY: docs pictures test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-gateway bench-gguf test-llamacpp test-backup
+.PHONY: docs pictures test-ray test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-memory bench-gateway bench-gguf test-llamacpp test-backup test-bitsandbytes test-hqq bench-accuracy
 
-test-engines: test-transformers test-gptqmodel test-vllm  ## Every checkpoint format in every engine
+test-engines: test-transformers test-gptqmodel test-bitsandbytes test-hqq test-vllm  ## Every checkpoint format in every engine
 
 test-transformers: $(ENGINES)/.made  ## compressed-tensors checkpoints in transformers
 	$(ENVIRONMENT) llmcompressor
@@ -16,6 +16,18 @@ test-transformers: $(ENGINES)/.made  ## compressed-tensors checkpoints in transf
 test-gptqmodel: $(ENGINES)/.made  ## GPTQ and AWQ checkpoints in transformers with GPTQModel
 	$(ENVIRONMENT) gptqmodel
 	.venvs/gptqmodel/bin/python tests/engines/transformers_check.py $(ENGINES) --formats gptq awq
+
+test-bitsandbytes: $(ENGINES)/.made  ## NF4, FP4 and LLM.int8() checkpoints in transformers with bitsandbytes
+	$(ENVIRONMENT) bitsandbytes
+	.venvs/bitsandbytes/bin/python tests/engines/transformers_check.py $(ENGINES) --formats bitsandbytes
+	.venvs/bitsandbytes/bin/python tests/engines/bitsandbytes_check.py $(ENGINES)
+
+test-hqq: $(ENGINES)/.made  ## HQQ checkpoints in transformers with hqq
+	$(ENVIRONMENT) hqq
+	.venvs/hqq/bin/python tests/engines/transformers_check.py $(ENGINES) --formats hqq
+
+bench-accuracy: $(VENV)/.installed-dev  ## Accuracy of every method beside the peers'
+	$(BIN)/python benchmarks/accuracy.py $(BENCH)
 
 test-vllm: $(ENGINES)/.made  ## All checkpoints in vLLM's CPU build
 	$(ENVIRONMENT) vllm
@@ -26,6 +38,9 @@ bench-quantize: $(VENV)/.installed-dev  ## Time and memory of quantization besid
 
 bench-gateway: $(VENV)/.installed-dev  ## What the gateway costs
 	$(BIN)/python benchmarks/gateway.py $(BENCH)
+
+bench-memory: $(VENV)/.installed-dev  ## Predicted against measured memory: files, engines, quantization
+	$(BIN)/python benchmarks/memory.py $(BENCH)
 
 test-llamacpp: $(VENV)/.installed-dev  ## The types of GGUF mixes against those that llama.cpp chooses
 	$(ENVIRONMENT) llamacpp
@@ -49,3 +64,7 @@ $(ENGINES)/.made: $(VENV)/.installed-dev $(shell find src -name '*.py') $(wildca
 	rm -rf $(ENGINES)
 	$(BIN)/python tests/engines/make_checkpoints.py $(ENGINES) --model $(ENGINE_MODEL)
 	@touch $@
+
+test-ray: $(VENV)/.installed-dev  ## Serving on a Ray cluster of several nodes on this machine
+	$(ENVIRONMENT) ray
+	.venvs/ray/bin/python -m pytest -q -p no:cacheprovider tests/engines/ray_check.py

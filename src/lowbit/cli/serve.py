@@ -69,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--threads", type=positive, metavar="N", help="of each engine (default: cores, divided)")
     machine.add_argument("--memory", metavar="SIZE", type=parse_bytes, help="of all engines (default: 90 %% of free)")
     machine.add_argument("--logs", metavar="DIR", help="where each engine's output goes (default: the cache directory)")
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run engines and gateway on a Ray cluster: auto, HOST:6379, or local to begin one",
+    )
     parser.add_argument("--print-command", action="store_true", help="print what would run, and leave")
     parser.add_argument("--hash-key", action="store_true", help="make a key, print it and its hash, and leave")
     parser.add_argument("--log", action="store_true", help="a line of JSON for every request and event")
@@ -136,6 +142,27 @@ def hashed(key: str) -> str:
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
+async def _serve_on_ray(config: ServeConfig, plans: Any, facts: Any, arguments: argparse.Namespace) -> int:
+    """Deploy to the cluster, then wait; the application is taken down at the end."""
+    from lowbit.ops.ray_serve.application import APPLICATION, connect, run_application
+
+    connect(arguments.ray)
+    from ray import serve
+
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    try:
+        host, port = await asyncio.to_thread(run_application, config, plans, facts)
+        if not arguments.quiet:
+            print(f"lowbit serves {', '.join(config.models)} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+        await ended.wait()
+    finally:
+        await asyncio.to_thread(serve.delete, APPLICATION)
+    return 0
+
+
 async def _main(config: ServeConfig, arguments: argparse.Namespace) -> int:
     from lowbit.engines.memory import available_bytes
     from lowbit.gateway.app import make_app, serve
@@ -154,6 +181,8 @@ async def _main(config: ServeConfig, arguments: argparse.Namespace) -> int:
             print(printable(plan))
         return 0
     log_to(level=logging.INFO if arguments.log else logging.WARNING)
+    if arguments.ray is not None:
+        return await _serve_on_ray(config, plans, facts, arguments)
     budget = config.memory if config.memory is not None else int(_SHARE * available_bytes())
     pool = Pool(config, plans, budget)
     app = make_app(pool, config)

@@ -35,6 +35,7 @@ __all__ = [
     "LimitsConfig",
     "ModelConfig",
     "PolicyConfig",
+    "ReplicasConfig",
     "ServeConfig",
     "TierConfig",
     "config_for_model",
@@ -114,14 +115,34 @@ class FlagsConfig(Strict):
     extra: list[str] = []
 
 
+class ReplicasConfig(Strict):
+    """How many engines of a tier a cluster runs (``lowbit serve --ray``): between ``min`` and ``max``, one more when
+    each has ``target`` requests under way (default: the tier's concurrency)."""
+
+    min: Annotated[int, Field(ge=0)] = 1
+    max: Count = 1
+    target: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_number(cls, value: Any) -> Any:
+        return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicasConfig:
+        if self.max < max(1, self.min):
+            raise ValueError(f"max is {self.max}, less than min {self.min}")
+        return self
+
+
 class TierConfig(Strict):
     """One precision of a model: exactly one of ``path`` (a checkpoint or GGUF file), ``url`` (an engine that runs) and
     ``command`` (one to start; ``{port}`` and ``{host}`` are filled in).
 
     ``memory`` defaults to the planner's figure, ``kl`` to the certificate in the checkpoint's manifest, ``bits`` to
     what the name says (int4, q8_0, bf16) or the checkpoint. ``api_key`` is for the engine behind ``url``: ``env:NAME``.
-    ``python`` names an interpreter of another environment, for vLLM. ``tuned`` is what ``lowbit tune`` measured; it
-    means nothing to serving.
+    ``python`` names an interpreter of another environment, for vLLM. ``replicas`` is for a
+    Ray cluster. ``tuned`` is what ``lowbit tune`` measured; it means nothing to serving.
     """
 
     name: str
@@ -145,6 +166,7 @@ class TierConfig(Strict):
     ready_timeout: Seconds = 600.0
     hang_timeout: Seconds = 60.0
     tuned: dict[str, Any] = {}
+    replicas: ReplicasConfig = ReplicasConfig()
 
     @field_validator("name")
     @classmethod
