@@ -25,11 +25,13 @@ from lowbit.cli import (
     generate,
     imatrix,
     inspect,
+    plan,
     prune,
     quantize,
     recommend,
     restore,
     serve,
+    tune,
     verify,
 )
 from lowbit.errors import LowbitError, UsageError
@@ -48,6 +50,8 @@ VERBS = {
     "chat": chat,
     "serve": serve,
     "bench": bench,
+    "tune": tune,
+    "plan": plan,
     "backup": backup,
     "backup-verify": backup_verify,
     "restore": restore,

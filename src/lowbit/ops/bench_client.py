@@ -69,14 +69,14 @@ class Answer:
             self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
             self.counted = int(usage.get("completion_tokens") or 0)
         timings = event.get("timings")
+        # llama.cpp tells how many tokens there are so far: a chunk may hold several, and a token no text
+        so_far = int(timings.get("predicted_n") or 0) if isinstance(timings, Mapping) else 0
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
             text = (
                 choice.get("text") or delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
             )
-            if text:
-                # llama.cpp tells how many tokens there are so far: a chunk may hold several
-                so_far = int(timings.get("predicted_n", 0)) if isinstance(timings, Mapping) else 0
+            if text or so_far > self.tokens:
                 self._token(max(1, so_far - self.tokens), now)
             if choice.get("finish_reason"):
                 self.complete = True
