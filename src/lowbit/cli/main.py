@@ -18,6 +18,7 @@ from lowbit.cli import (
     chat,
     convert,
     demo,
+    deploy,
     doctor,
     estimate,
     evaluate,
@@ -58,6 +59,7 @@ VERBS = {
     "prune": prune,
     "alerts": alerts,
     "doctor": doctor,
+    "deploy": deploy,
     "demo": demo,
 }
 """Verb to the module with its ``HELP``, ``EXAMPLES``, ``add_arguments`` and ``run``."""
