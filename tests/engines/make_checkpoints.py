@@ -56,6 +56,8 @@ CASES = (
     Case("gptq", "gptq", "W8A16"),
     *(Case("compressed-tensors", "gptq", scheme) for scheme in ("W8A8", "W8A8_STATIC", "FP8", "FP8_DYNAMIC")),
     *(Case("compressed-tensors", "rtn", scheme) for scheme in ("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16")),
+    *(Case("bitsandbytes", "rtn", scheme) for scheme in ("NF4", "NF4_DQ", "FP4", "FP4_DQ", "LLM_INT8")),
+    *(Case("hqq", "hqq", f"int{bits}-g64-affine") for bits in (8, 4, 3, 2)),
 )
 
 

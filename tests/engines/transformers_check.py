@@ -2,7 +2,9 @@
 
     python tests/engines/transformers_check.py FOLDER --formats gptq awq
 
-GPTQ and AWQ checkpoints need the `gptqmodel` environment, compressed-tensors ones the project's own. Both of
+GPTQ and AWQ checkpoints need the `gptqmodel` environment, bitsandbytes and HQQ ones theirs, compressed-tensors ones the
+project's own. bitsandbytes computes 4-bit weights in the bfloat16 of the config unless told otherwise, and rounds the
+inputs of LLM.int8() after a cast to float16. Both of
 GPTQModel's ways to compute on a CPU are checked: `torch` rounds dequantized weights to the scales'
 float16 and multiplies in float32, and must agree closely; the kernel that it picks by itself multiplies in bfloat16.
 """
@@ -19,6 +21,7 @@ import torch
 from expectations import Answer, Expected, Prompt, cases, compare
 from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
+LIBRARIES = ("transformers", "gptqmodel", "compressed-tensors", "bitsandbytes", "hqq", "torch")
 EXACT = {"largest": 2e-3, "mean": 2e-4}
 HALF = {"largest": 0.05, "mean": 0.01}
 ROUNDED = {"largest": 0.25, "mean": 0.05}
@@ -32,7 +35,7 @@ def main() -> int:
     parser.add_argument("folder", type=lambda text: Path(text).resolve())
     parser.add_argument("--formats", nargs="+", required=True)
     options = parser.parse_args()
-    print(" ".join(f"{name} {_version(name)}" for name in ("transformers", "gptqmodel", "compressed-tensors", "torch")))
+    print(" ".join(f"{name} {_version(name)}" for name in LIBRARIES))
     failed = checked = 0
     for path, expected in cases(options.folder):
         if expected.format not in options.formats:
@@ -65,13 +68,24 @@ def _ways(path: Path, expected: Expected) -> Iterator[tuple[str, dict[str, Any],
     elif expected.format == "awq":
         yield "torch", {"quantization_config": AwqConfig(bits=bits, backend="torch_awq")}, HALF
         yield "automatic", {}, ROUNDED
+    elif expected.format == "bitsandbytes" and expected.scheme == "LLM_INT8":
+        yield "int8", {}, HALF
+    elif expected.format == "bitsandbytes":
+        yield "float32", {"compute_dtype": torch.float32}, EXACT
+        yield "as written", {}, ROUNDED
     else:
         yield "torch", {}, EXACT
 
 
 @torch.no_grad()
 def _answers(path: Path, expected: Expected, loading: dict[str, Any]) -> list[Answer]:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu", **loading).eval()
+    compute_dtype = loading.get("compute_dtype")
+    given = {name: value for name, value in loading.items() if name != "compute_dtype"}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu", **given).eval()
+    if compute_dtype is not None:
+        for module in model.modules():
+            if hasattr(module, "compute_dtype"):
+                module.compute_dtype = compute_dtype
     return [_answer(model, prompt) for prompt in expected.prompts]
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from lowbit.errors import UsageError
 
-METHODS = ("gptq", "gptaq", "awq", "rtn")
+METHODS = ("gptq", "gptaq", "awq", "hqq", "rtn")
 TRANSFORMS = ("awq", "smoothquant", "none")
-FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "dense")
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "hqq", "dense")
 """The names in the registries of methods, transforms and codecs, repeated here so that ``--help`` needs no torch; a
 test holds them together."""
 

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 
 from lowbit.codecs.awq import AwqCodec
+from lowbit.codecs.bitsandbytes import BitsAndBytesCodec
 from lowbit.codecs.codec import Codec, StoredBlocks, StoredGrid, StoredModule, TensorHeader
 from lowbit.codecs.compressed_tensors import CompressedTensorsCodec
 from lowbit.codecs.dense import DenseCodec
 from lowbit.codecs.fitting import fit, fitting_spec, regrid
 from lowbit.codecs.gptq import GptqCodec
+from lowbit.codecs.hqq import HqqCodec
 from lowbit.codecs.opening import open_model
 from lowbit.codecs.reading import (
     dense_names,
@@ -23,10 +25,12 @@ from lowbit.codecs.reading import (
 __all__ = [
     "CODECS",
     "AwqCodec",
+    "BitsAndBytesCodec",
     "Codec",
     "CompressedTensorsCodec",
     "DenseCodec",
     "GptqCodec",
+    "HqqCodec",
     "StoredBlocks",
     "StoredGrid",
     "StoredModule",
@@ -50,6 +54,8 @@ CODECS: Mapping[str, Codec] = {
     "gptq_v2": GptqCodec(version=2),
     "awq": AwqCodec(),
     "compressed-tensors": CompressedTensorsCodec(),
+    "bitsandbytes": BitsAndBytesCodec(),
+    "hqq": HqqCodec(),
     "dense": DenseCodec(),
 }
 """Formats that can be written, by the name the command line takes."""

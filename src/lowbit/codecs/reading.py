@@ -9,10 +9,13 @@ import torch
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.codecs.awq import AwqCodec
+from lowbit.codecs.bitsandbytes import BitsAndBytesCodec
 from lowbit.codecs.codec import INPUT_SCALES, Codec, StoredGrid, StoredModule
 from lowbit.codecs.compressed_tensors import CompressedTensorsCodec
+from lowbit.codecs.fp8 import Fp8Codec
 from lowbit.codecs.gguf.checkpoint import GgufCheckpoint
 from lowbit.codecs.gptq import GptqCodec
+from lowbit.codecs.hqq import HqqCodec
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats.ggml import BlockTensor
 from lowbit.formats.weights import WeightTensor
@@ -32,6 +35,9 @@ READERS: Mapping[str, Codec] = {
     "gptq": GptqCodec(),
     "awq": AwqCodec(),
     "compressed-tensors": CompressedTensorsCodec(),
+    "fp8": Fp8Codec(),
+    "bitsandbytes": BitsAndBytesCodec(),
+    "hqq": HqqCodec(),
 }
 """Codec that reads each ``quant_method``."""
 
@@ -160,7 +166,9 @@ def _method(config: Mapping[str, Any]) -> str:
 
 
 def _exact(checkpoint: Checkpoint, module: str, entry: StoredGrid) -> StoredGrid:
-    """The entry with the width that ``weight_shape`` gives, where the number of packed words leaves it open."""
+    """The entry with what small tensors say of it, where its headers leave the shape open."""
+    if isinstance(entry.codec, BitsAndBytesCodec | HqqCodec):
+        return _described(checkpoint, module, entry, entry.codec)
     name = f"{module}.weight_shape"
     if not isinstance(entry.codec, CompressedTensorsCodec) or entry.codec.storage != "pack-quantized":
         return entry
@@ -173,3 +181,14 @@ def _exact(checkpoint: Checkpoint, module: str, entry: StoredGrid) -> StoredGrid
     if words * 32 < shape[1] * entry.spec.bits:
         raise CheckpointError(f"tensor {name} says {shape}, more than {words} words a row hold")
     return entry._replace(shape=(int(shape[0]), int(shape[1])))
+
+
+def _described(
+    checkpoint: Checkpoint, module: str, entry: StoredGrid, codec: BitsAndBytesCodec | HqqCodec
+) -> StoredGrid:
+    names = {local: f"{module}.{local}" for local in codec.describing(entry.spec)}
+    small = {local: checkpoint.read(name) for local, name in names.items() if name in checkpoint.tensors}
+    try:
+        return codec.described(entry, small)
+    except CheckpointError as error:
+        raise CheckpointError(f"{module}: {error}") from error

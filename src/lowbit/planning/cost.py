@@ -91,6 +91,8 @@ class MethodCost:
 
 METHOD_COSTS: dict[str, MethodCost] = {
     "rtn": MethodCost(lambda out, into: 0.0, 20.0, needs_statistics=False),
+    # 20 rounds of shrinking errors with a power of each.
+    "hqq": MethodCost(lambda out, into: 0.0, 300.0, needs_statistics=False),
     "gptq": MethodCost(lambda out, into: 3.0 * out * into * into, 22.0, factorises=True),
     # A cross product as large as the Gram matrix is solved for with the factor, twice, and applied.
     "gptaq": MethodCost(lambda out, into: 5.0 * out * into * into, 22.0, factorises=True, needs_reference=True),

@@ -6,6 +6,7 @@ from lowbit.quant.error import WeightError, output_error, weight_error
 from lowbit.quant.gptaq import GptaqOptions
 from lowbit.quant.gptq import Factor, GptqOptions, factorise
 from lowbit.quant.gptq import solve as solve_gptq
+from lowbit.quant.hqq import HqqOptions
 from lowbit.quant.methods import METHODS, Method, Options
 from lowbit.quant.paired import PairedStatistics
 from lowbit.quant.rtn import RtnOptions, round_to_nearest
@@ -19,6 +20,7 @@ __all__ = [
     "Factor",
     "GptaqOptions",
     "GptqOptions",
+    "HqqOptions",
     "InputStatistics",
     "Method",
     "Option",

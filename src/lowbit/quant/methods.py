@@ -11,17 +11,18 @@ import torch
 from lowbit.errors import NumericsError
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.weights import WeightSpec
-from lowbit.quant import awq, gptaq, gptq
+from lowbit.quant import awq, gptaq, gptq, hqq
 from lowbit.quant.awq import AwqOptions
 from lowbit.quant.gptaq import GptaqOptions
 from lowbit.quant.gptq import GptqOptions
+from lowbit.quant.hqq import HqqOptions
 from lowbit.quant.rtn import RtnOptions, round_to_nearest
 from lowbit.quant.solution import Solution
 from lowbit.quant.statistics import InputStatistics
 
 __all__ = ["METHODS", "Method", "Options"]
 
-Options: TypeAlias = RtnOptions | GptqOptions | GptaqOptions | AwqOptions
+Options: TypeAlias = RtnOptions | GptqOptions | GptaqOptions | AwqOptions | HqqOptions
 _Shared: TypeAlias = MutableMapping[Options, Any]
 _Solver: TypeAlias = Callable[[torch.Tensor, InputStatistics | None, Any, Any, _Shared, str], Solution]
 
@@ -121,6 +122,17 @@ def _awq(
     return awq.solve(weight, statistics, spec, options, name=name)
 
 
+def _hqq(
+    weight: torch.Tensor,
+    statistics: InputStatistics | None,
+    spec: IntSpec,
+    options: HqqOptions,
+    shared: _Shared,
+    name: str,
+) -> Solution:
+    return hqq.solve(weight, spec, options)
+
+
 def _any(spec: WeightSpec) -> list[str]:
     return []
 
@@ -131,12 +143,19 @@ def _integers(spec: WeightSpec) -> list[str]:
     return [f"it solves for integer weights, not {spec}: use --method rtn, or e.g. --scheme W4A16"]
 
 
+def _with_zero_points(spec: WeightSpec) -> list[str]:
+    if isinstance(spec, IntSpec) and not spec.symmetric:
+        return []
+    return [f"it solves for zero points, and {spec} has none: use --scheme int4-g64-affine, or --asym"]
+
+
 METHODS: Mapping[str, Method] = {
     "rtn": Method("rtn", RtnOptions, needs_statistics=False, solver=_rtn, supports=_any),
     "gptq": Method("gptq", GptqOptions, needs_statistics=True, solver=_gptq, supports=_integers),
     "gptaq": Method(
         "gptaq", GptaqOptions, needs_statistics=True, solver=_gptaq, supports=_integers, needs_reference=True
     ),
+    "hqq": Method("hqq", HqqOptions, needs_statistics=False, solver=_hqq, supports=_with_zero_points),
     "awq": Method("awq", AwqOptions, needs_statistics=True, solver=_awq, supports=_any, transform="awq"),
 }
 """Every method of ``--method``."""

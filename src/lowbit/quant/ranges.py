@@ -8,15 +8,17 @@ from typing import Literal, TypeAlias
 import torch
 
 from lowbit.errors import UsageError
-from lowbit.formats.integer import choose_range, grid, group_extrema, search_grid
+from lowbit.formats.integer import choose_range, grid, group_extrema, round_scales, search_grid
 from lowbit.formats.spec import PER_TENSOR, IntSpec
 from lowbit.kernels import best_candidate
 
 __all__ = ["RangeMethod", "choose_grid", "float_grid"]
 
-RangeMethod: TypeAlias = Literal["minmax", "mse", "gram"]
-"""``minmax`` clips nothing; ``mse`` weighs squared errors by the mean square of each column's input; ``gram`` takes
-the output error that a group causes alone, ``d G dᵀ`` with the group's diagonal block of the Gram matrix."""
+RangeMethod: TypeAlias = Literal["minmax", "absmax", "mse", "gram"]
+"""``minmax`` clips nothing; ``absmax`` gives the largest magnitude the last code on its side and uses none below the
+other (bitsandbytes' rule; ``minmax`` where there are zero points); ``mse`` weighs squared errors by the mean square of
+each column's input; ``gram`` takes the output error that a group causes alone, ``d G dᵀ`` with the group's diagonal
+block of the Gram matrix."""
 
 _ROWS = 2048
 _WIDEST_GRAM = 512
@@ -38,8 +40,12 @@ def choose_grid(
     low, high = group_extrema(weight, spec)
     if method == "minmax":
         return grid(low, high, spec)
+    if method == "absmax":
+        if not spec.symmetric:
+            return grid(low, high, spec)
+        return round_scales(torch.maximum(high, -low) / (spec.midpoint - 1), spec.scale_dtype), None
     if method not in ("mse", "gram"):
-        raise UsageError(f"unknown range method {method!r}: use minmax, mse or gram")
+        raise UsageError(f"unknown range method {method!r}: use minmax, absmax, mse or gram")
     size = spec.group_size if spec.group_size > 0 else weight.shape[1]
     if method == "gram" and upper_gram is not None and size <= _WIDEST_GRAM and spec.group_size != PER_TENSOR:
         return search_grid(low, high, spec, partial(_best_by_gram, weight, spec, upper_gram))

@@ -21,14 +21,14 @@ __all__ = ["RtnOptions", "round_to_nearest"]
 
 @dataclass(frozen=True, slots=True)
 class RtnOptions:
-    """``range_method``: ``minmax`` and ``mse`` need no statistics (``mse`` uses them when there are some); ``gram`` is
-    AWQ's clip search and acts as ``mse`` without statistics."""
+    """``range_method``: ``minmax``, ``absmax`` and ``mse`` need no statistics (``mse`` uses them when there are some);
+    ``gram`` is AWQ's clip search and acts as ``mse`` without statistics. See :mod:`lowbit.quant.ranges`."""
 
     range_method: RangeMethod = "mse"
 
     def __post_init__(self) -> None:
-        if self.range_method not in ("minmax", "mse", "gram"):
-            raise UsageError(f"rtn range_method must be minmax, mse or gram, not {self.range_method!r}")
+        if self.range_method not in ("minmax", "absmax", "mse", "gram"):
+            raise UsageError(f"rtn range_method must be minmax, absmax, mse or gram, not {self.range_method!r}")
 
 
 @torch.no_grad()
