@@ -16,6 +16,7 @@ from lowbit.checkpoint import open_checkpoint, read_manifest
 from lowbit.codecs import module_plan, read_dense
 from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.pipeline.quantize import QuantizeResult, quantize
+from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.streamed import StreamedModel
 
 OTHERS = [
@@ -124,6 +125,21 @@ def test_memory_budget_changes_nothing(method: str, tiny_llama: Path, calibratio
     _quantize(tiny_llama, tmp_path / "again", calibration_file, memory=2**20, method=method)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "again"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_block_is_tuned_as_a_whole(tiny_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
+    """Learned rounding goes on from where a solver ended, scaled or not; twice the same, whatever the memory."""
+    settings: dict[str, Any] = {"bits": 2, "samples": 120, "symmetric": False, "group_size": 64}
+    for transform in ("none", "awq"):
+        _quantize(tiny_llama, tmp_path / "gptq", calibration_file, transform=transform, overwrite=True, **settings)
+        recipe = Recipe(method="autoround", options={"steps": 40, "start": "gptq"}, transform=transform)
+        for name, memory in (("tuned", 2**33), ("again", 2**20)):
+            given = settings | {"recipe": recipe, "memory": memory, "overwrite": True}
+            _quantize(tiny_llama, tmp_path / name, calibration_file, **given)
+        divergence = {n: _divergence(tiny_llama, tmp_path / n, calibration_file) for n in ("gptq", "tuned")}
+        assert divergence["tuned"] < divergence["gptq"]
+        a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "again"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_starved_experts_are_rounded_and_reported(

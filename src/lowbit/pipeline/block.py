@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,12 +18,15 @@ from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
 from lowbit.pipeline.inputs import InputScales, RoundingLinear
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.recipe import ModulePlan, Recipe, method_options
+from lowbit.pipeline.refine import Learnable, refine
 from lowbit.pipeline.stages import Group, Reference, Stage, StagedForward, discover_stages, split_stages
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
-from lowbit.quant import METHODS, InputStatistics, PairedStatistics, output_error, weight_error
+from lowbit.quant import METHODS, AutoRoundOptions, InputStatistics, PairedStatistics, output_error, weight_error
 from lowbit.quant.methods import Options
 from lowbit.quant.solution import Solution
 from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
+
+_Q = TypeVar("_Q", QuantizedTensor, FloatTensor)
 
 STARVED_SHARE = 0.005
 """An expert that saw less than this share of the calibration tokens is solved without statistics."""
@@ -68,10 +71,14 @@ OnOutput = Callable[[int, torch.Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """The float model's hidden states: its inputs of the block in the same batches, and who gets its outputs."""
+    """The float model's hidden states: its inputs of the block in the same batches, and who gets its outputs.
+
+    ``outputs`` read what was handed over.
+    """
 
     batches: Sequence[Load]
     on_output: OnOutput
+    outputs: Sequence[Load]
 
 
 class BlockQuantizer:
@@ -103,6 +110,8 @@ class BlockQuantizer:
         self._solved: dict[str, WeightTensor] = {}
         self._input_scales = InputScales()
         self._overrides: dict[str, torch.Tensor] = {}
+        self._divided: dict[str, torch.Tensor] = {}
+        self._learnable: dict[str, Learnable] = {}
         self.linears = [n for n, m in self.block.named_modules() if isinstance(m, nn.Linear)]
 
     # ---- with calibration --------------------------------------------------------------------------------------
@@ -137,7 +146,30 @@ class BlockQuantizer:
             keep=keep,
             reference=reference,
         )
-        staged.run(self._add_input, self._solve_stage, on_output)
+        tuned = [plan for plan in self.plans.values() if METHODS[plan.method].scope == "block"]
+        staged.run(self._add_input, self._solve_stage, (lambda index, output: None) if tuned else on_output)
+        if tuned and beside is not None:
+            self._refine(options_of(self.recipe, tuned[0]), batches, beside.outputs)
+            for index, forward in enumerate(forwards(self.block, batches)):
+                on_output(index, forward())
+
+    def _refine(self, options: Options, batches: Sequence[Load], outputs: Sequence[Load]) -> None:
+        """Tune the solved linears together so that ``batches`` come out as the float block's ``outputs``."""
+        assert isinstance(options, AutoRoundOptions)
+        pairs = list(zip(batches, outputs, strict=True))
+        tuned = refine(
+            self._learnable, self.block, lambda x: self.model.run_block(self.block, self.index, x), pairs, options
+        )
+        changed = {
+            self.full_name(name): weight_error(self._learnable[name].weight, q.dequantize())
+            for name, q in tuned.items()
+        }
+        for name, q in tuned.items():
+            self._solved[name] = _divided(q, self._divided[name]) if name in self._divided else q
+        self.reports = [
+            replace(r, weight_error=changed[r.name].relative, error=None) if r.name in changed else r
+            for r in self.reports
+        ]
 
     def stages(self, load: Callable[[], torch.Tensor]) -> list[Stage]:
         """The block's stages, found by one forward of one batch."""
@@ -228,10 +260,10 @@ class BlockQuantizer:
         return q is None or (isinstance(q, QuantizedTensor | FloatTensor) and _has_row_scales(q))
 
     def _divide_rows(self, target: str, module: nn.Linear, scales: torch.Tensor) -> None:
+        self._divided[target] = scales
         q = self._solved.get(target)
         if isinstance(q, QuantizedTensor | FloatTensor):
-            divided = (q.scales.float() / scales[:, None].to(q.scales.device)).to(q.scales.dtype)
-            self._solved[target] = replace(q, scales=divided)
+            self._solved[target] = _divided(q, scales)
         else:
             self._overrides[f"{target}.weight"] = module.weight / scales[:, None]
         if module.bias is not None:
@@ -297,6 +329,8 @@ class BlockQuantizer:
         input_scale = self._input_scales.of(name, plan.inputs)
         linear.round_inputs(plan.inputs, None if input_scale is None else input_scale.to(linear.weight.device), scales)
         self._solved[name] = solution.tensor
+        if METHODS[plan.method].scope == "block" and isinstance(solution.tensor, QuantizedTensor):
+            self._learnable[name] = Learnable(linear, weight, solution.tensor, scales)
         return report
 
     def _linear(self, name: str) -> RoundingLinear:
@@ -355,6 +389,11 @@ def _has_row_scales(q: QuantizedTensor | FloatTensor) -> bool:
     if isinstance(q, QuantizedTensor):
         return q.spec.group_size != PER_TENSOR
     return q.spec.scale == "float" and q.spec.rows == 1 and q.spec.group_size != PER_TENSOR
+
+
+def _divided(q: _Q, scales: torch.Tensor) -> _Q:
+    """``q`` with its rows divided by ``scales`` ``[out]``, which rounds its scales again."""
+    return replace(q, scales=(q.scales.float() / scales[:, None].to(q.scales.device)).to(q.scales.dtype))
 
 
 def _rows(tensor: WeightTensor, rows: slice) -> WeightTensor:

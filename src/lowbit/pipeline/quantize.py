@@ -202,7 +202,9 @@ def _quantize_block(
     if stores.beside:
         outputs = stores.beside[(index + 1) % 2]
         beside = Beside(
-            _loads(job, stores.beside[index % 2]), lambda batch, output: outputs.write(firsts[batch], output)
+            _loads(job, stores.beside[index % 2]),
+            lambda batch, output: outputs.write(firsts[batch], output),
+            _loads(job, outputs),
         )
     block.run(
         loads,

@@ -79,7 +79,8 @@ class Prediction:
 class MethodCost:
     """Work of a method on one weight ``(out, in)``: ``flops`` in products, ``passes`` over all weights.
 
-    ``needs_reference`` says that the float model runs beside the quantized one.
+    ``needs_reference`` says that the float model runs beside the quantized one, ``tunes`` that offsets are learned of
+    all weights of a block together.
     """
 
     flops: Callable[[int, int], float]
@@ -87,6 +88,7 @@ class MethodCost:
     needs_statistics: bool = True
     factorises: bool = False
     needs_reference: bool = False
+    tunes: bool = False
 
 
 METHOD_COSTS: dict[str, MethodCost] = {
@@ -96,6 +98,14 @@ METHOD_COSTS: dict[str, MethodCost] = {
     "gptq": MethodCost(lambda out, into: 3.0 * out * into * into, 22.0, factorises=True),
     # A cross product as large as the Gram matrix is solved for with the factor, twice, and applied.
     "gptaq": MethodCost(lambda out, into: 5.0 * out * into * into, 22.0, factorises=True, needs_reference=True),
+    # 200 steps forwards and backwards over 4096 tokens, gradients and offsets beside each weight.
+    "autoround": MethodCost(
+        lambda out, into: 5.0 * out * into * into + 200 * 6.0 * 4096 * out * into,
+        22.0 + 200 * 30.0,
+        factorises=True,
+        needs_reference=True,
+        tunes=True,
+    ),
     # 20 candidates of the scaling, each judged by tr(D G Dᵀ), and a clip search within groups.
     "awq": MethodCost(lambda out, into: 42.0 * out * into * into, 60.0),
 }
@@ -190,6 +200,9 @@ def _memory(blocks: dict[str, list[PlannedModule]], workload: Workload, calibrat
         "block": largest * (workload.itemsize + 1),
         "solver": weights * 4 * 3,
     }
+    if any(_cost(module).tunes for module in planned):
+        # of each weight: what it was, its offset and gradient, and what the graph keeps of its rounding
+        memory["tuning"] = largest * 4 * 8
     if calibrated:
         models = 2 if _runs_beside(planned) else 1
         # beside a Gram matrix its cross product with the float model's inputs, what solves it, and the solution

@@ -1,6 +1,7 @@
 """Quantization algorithms: statistics of inputs, transforms, solvers, error measures."""
 
 from lowbit.quant.allocation import Option, allocate
+from lowbit.quant.autoround import AutoRoundOptions
 from lowbit.quant.awq import AwqOptions, AwqScaling, search_scales
 from lowbit.quant.error import WeightError, output_error, weight_error
 from lowbit.quant.gptaq import GptaqOptions
@@ -15,6 +16,7 @@ from lowbit.quant.statistics import InputStatistics
 
 __all__ = [
     "METHODS",
+    "AutoRoundOptions",
     "AwqOptions",
     "AwqScaling",
     "Factor",

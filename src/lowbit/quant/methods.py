@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from lowbit.errors import NumericsError
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.weights import WeightSpec
+<<<<<<< ours
 from lowbit.quant import awq, gptaq, gptq, hqq
+=======
+from lowbit.quant import awq, gptaq, gptq
+from lowbit.quant.autoround import AutoRoundOptions
+>>>>>>> theirs
 from lowbit.quant.awq import AwqOptions
 from lowbit.quant.gptaq import GptaqOptions
 from lowbit.quant.gptq import GptqOptions
@@ -22,7 +27,11 @@ from lowbit.quant.statistics import InputStatistics
 
 __all__ = ["METHODS", "Method", "Options"]
 
+<<<<<<< ours
 Options: TypeAlias = RtnOptions | GptqOptions | GptaqOptions | AwqOptions | HqqOptions
+=======
+Options: TypeAlias = RtnOptions | GptqOptions | GptaqOptions | AwqOptions | AutoRoundOptions
+>>>>>>> theirs
 _Shared: TypeAlias = MutableMapping[Options, Any]
 _Solver: TypeAlias = Callable[[torch.Tensor, InputStatistics | None, Any, Any, _Shared, str], Solution]
 
@@ -34,6 +43,7 @@ class Method:
     ``options``           dataclass of its settings
     ``needs_statistics``  whether it solves nothing without calibration inputs
     ``needs_reference``   whether it wants the float model's inputs beside the quantized model's
+    ``scope``             ``block``: the solved linears of a block are tuned together once they are all there
     ``supports``          reasons why it makes no weights of a format, each with the way out
     ``transform``         the one of :data:`lowbit.quant.transforms.TRANSFORMS` that goes before it unless the recipe
                           names another
@@ -46,6 +56,7 @@ class Method:
     supports: Callable[[WeightSpec], list[str]]
     transform: str | None = None
     needs_reference: bool = False
+    scope: Literal["linear", "block"] = "linear"
 
     def solve(
         self,
@@ -122,6 +133,7 @@ def _awq(
     return awq.solve(weight, statistics, spec, options, name=name)
 
 
+<<<<<<< ours
 def _hqq(
     weight: torch.Tensor,
     statistics: InputStatistics | None,
@@ -131,6 +143,18 @@ def _hqq(
     name: str,
 ) -> Solution:
     return hqq.solve(weight, spec, options)
+=======
+def _autoround(
+    weight: torch.Tensor,
+    statistics: InputStatistics | None,
+    spec: WeightSpec,
+    options: AutoRoundOptions,
+    shared: _Shared,
+    name: str,
+) -> Solution:
+    start = METHODS[options.start]
+    return start.solver(weight, statistics, spec, start.options(), shared, name)
+>>>>>>> theirs
 
 
 def _any(spec: WeightSpec) -> list[str]:
@@ -155,7 +179,19 @@ METHODS: Mapping[str, Method] = {
     "gptaq": Method(
         "gptaq", GptaqOptions, needs_statistics=True, solver=_gptaq, supports=_integers, needs_reference=True
     ),
+<<<<<<< ours
     "hqq": Method("hqq", HqqOptions, needs_statistics=False, solver=_hqq, supports=_with_zero_points),
+=======
+    "autoround": Method(
+        "autoround",
+        AutoRoundOptions,
+        needs_statistics=True,
+        solver=_autoround,
+        supports=_integers,
+        needs_reference=True,
+        scope="block",
+    ),
+>>>>>>> theirs
     "awq": Method("awq", AwqOptions, needs_statistics=True, solver=_awq, supports=_any, transform="awq"),
 }
 """Every method of ``--method``."""
