@@ -11,12 +11,8 @@ import torch
 from lowbit.errors import NumericsError
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.weights import WeightSpec
-<<<<<<< ours
 from lowbit.quant import awq, gptaq, gptq, hqq
-=======
-from lowbit.quant import awq, gptaq, gptq
 from lowbit.quant.autoround import AutoRoundOptions
->>>>>>> theirs
 from lowbit.quant.awq import AwqOptions
 from lowbit.quant.gptaq import GptaqOptions
 from lowbit.quant.gptq import GptqOptions
@@ -27,11 +23,7 @@ from lowbit.quant.statistics import InputStatistics
 
 __all__ = ["METHODS", "Method", "Options"]
 
-<<<<<<< ours
-Options: TypeAlias = RtnOptions | GptqOptions | GptaqOptions | AwqOptions | HqqOptions
-=======
-Options: TypeAlias = RtnOptions | GptqOptions | GptaqOptions | AwqOptions | AutoRoundOptions
->>>>>>> theirs
+Options: TypeAlias = RtnOptions | GptqOptions | GptaqOptions | AwqOptions | HqqOptions | AutoRoundOptions
 _Shared: TypeAlias = MutableMapping[Options, Any]
 _Solver: TypeAlias = Callable[[torch.Tensor, InputStatistics | None, Any, Any, _Shared, str], Solution]
 
@@ -133,7 +125,6 @@ def _awq(
     return awq.solve(weight, statistics, spec, options, name=name)
 
 
-<<<<<<< ours
 def _hqq(
     weight: torch.Tensor,
     statistics: InputStatistics | None,
@@ -143,7 +134,8 @@ def _hqq(
     name: str,
 ) -> Solution:
     return hqq.solve(weight, spec, options)
-=======
+
+
 def _autoround(
     weight: torch.Tensor,
     statistics: InputStatistics | None,
@@ -154,7 +146,6 @@ def _autoround(
 ) -> Solution:
     start = METHODS[options.start]
     return start.solver(weight, statistics, spec, start.options(), shared, name)
->>>>>>> theirs
 
 
 def _any(spec: WeightSpec) -> list[str]:
@@ -179,9 +170,7 @@ METHODS: Mapping[str, Method] = {
     "gptaq": Method(
         "gptaq", GptaqOptions, needs_statistics=True, solver=_gptaq, supports=_integers, needs_reference=True
     ),
-<<<<<<< ours
     "hqq": Method("hqq", HqqOptions, needs_statistics=False, solver=_hqq, supports=_with_zero_points),
-=======
     "autoround": Method(
         "autoround",
         AutoRoundOptions,
@@ -191,7 +180,6 @@ METHODS: Mapping[str, Method] = {
         needs_reference=True,
         scope="block",
     ),
->>>>>>> theirs
     "awq": Method("awq", AwqOptions, needs_statistics=True, solver=_awq, supports=_any, transform="awq"),
 }
 """Every method of ``--method``."""
