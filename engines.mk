@@ -5,7 +5,7 @@ ENVIRONMENT  := $(BIN)/python tests/engines/environments.py
 ENGINE_MODEL ?= demo
 BENCH        ?=
 
-.PHONY: docs pictures test-ray test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-memory bench-gateway bench-gguf test-llamacpp test-backup test-bitsandbytes test-hqq bench-accuracy
+.PHONY: docs pictures test-ray test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-memory bench-gateway bench-gguf test-llamacpp test-backup test-alerts test-deploy test-bitsandbytes test-hqq bench-accuracy
 
 test-engines: test-transformers test-gptqmodel test-bitsandbytes test-hqq test-vllm  ## Every checkpoint format in every engine
 
@@ -59,6 +59,13 @@ pictures: $(VENV)/.installed-dev  ## Draw the theory pages' pictures again, from
 test-backup: $(VENV)/.installed-dev  ## Backups at an S3 and an SSH server on this machine (wants openssh-server)
 	$(ENVIRONMENT) backup
 	$(BIN)/python tests/ops/remote_check.py .venvs/backup
+
+test-alerts: $(VENV)/.installed-dev  ## Alert rules in promtool and in a real Prometheus (wants Debian's prometheus)
+	$(BIN)/python tests/ops/alerts_check.py
+
+test-deploy: $(VENV)/.installed-dev  ## Deploy files against the schemas of Compose and Kubernetes
+	$(ENVIRONMENT) deploy
+	.venvs/deploy/bin/python tests/ops/deploy_check.py $(abspath $(BIN))/python
 
 $(ENGINES)/.made: $(VENV)/.installed-dev $(shell find src -name '*.py') $(wildcard tests/engines/*.py)
 	rm -rf $(ENGINES)

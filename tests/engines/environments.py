@@ -91,6 +91,15 @@ RECIPES: dict[str, Recipe] = {
         first=("wheel",),
         packages=("langchain-openai==1.7.3", "schemathesis==4.32.5", "lm-eval[api]==0.4.13", "transformers>=5,<6"),
     ),
+    # the schemas of Kubernetes, and of Compose, which are in the package of its last release in Python
+    "deploy": Recipe(
+        first=("kubernetes-validate==1.37.0",),
+        wheel="docker-compose==1.29.2",
+        without=(
+            *("pyyaml", "cached-property", "docker", "dockerpty", "docopt", "distro", "jsonschema", "python-dotenv"),
+            *("requests", "texttable", "websocket-client"),
+        ),
+    ),
     # llama.cpp's libraries for this machine's processor, and its converter (in the source), which needs the rest
     "llamacpp": SourceRecipe(
         first=("torch==2.13.0", "setuptools>=77,<82", "wheel", "numpy", "ninja"),
