@@ -79,6 +79,27 @@ def test_writes_what_was_chosen(tiny_llama: Path, calibration_file: Path, tmp_pa
         fit("demo", tmp_path / "other", bits_per_weight=4.5, measurements=tmp_path / "m.json")
 
 
+def test_memory_decides_bits_and_cache_and_is_measured_once(tmp_path: Path) -> None:
+    """The cache's divergences join the measurement in its file; a budget that 16 bits do not fit takes fewer."""
+    settings: dict[str, Any] = {
+        "candidates": ("Q3_K", "Q6_K"), "samples": 4, "seq_len": 64, "certify_tokens": 0, "context": 1024,
+        "concurrency": 16, "gpus": 0, "measurements": tmp_path / "m.json",
+    }  # fmt: skip
+    found = fit("demo", tmp_path / "small.gguf", memory=74 << 20, **settings)
+    assert found.serving is not None
+    assert found.serving.kv_dtype == "q8_0"
+    caches = Measurement.load(tmp_path / "m.json").caches
+    assert 0 < caches["q8_0"] < caches["q4_0"] < 0.1
+    assert found.serving.kv_divergence == caches["q8_0"]
+    assert found.result.size_bytes <= found.fit.bytes
+    modified = (tmp_path / "m.json").stat().st_mtime_ns
+    large = fit("demo", tmp_path / "large.gguf", memory=200 << 20, **settings)
+    assert large.serving is not None
+    assert large.serving.kv_dtype == "float16"
+    assert set(large.fit.choices.values()) == {"F16"} or large.fit.bytes > found.fit.bytes
+    assert (tmp_path / "m.json").stat().st_mtime_ns == modified
+
+
 def test_everything_dense_is_refused(measurement: Measurement) -> None:
     whole = choose(measurement, bits_per_weight=32)
     with pytest.raises(UsageError, match="nothing to quantize"):
@@ -89,10 +110,14 @@ def test_everything_dense_is_refused(measurement: Measurement) -> None:
     ("arguments", "message"),
     [
         ([], "--size, --bits-per-weight or --memory"),
-        (["--memory", "1MiB"], "GiB more than"),
+        (["--memory", "1MiB"], "MiB more than the 0.92 MiB that may be used"),
+        (["--bits-per-weight", "4.5", "--kv-dtype", "fp8"], "belong to --memory"),
+        (["--memory", "4GiB", "--gpus", "-1"], "--gpus -1: must be at least 0"),
         (["--memory", "4GiB", "--size", "1GiB"], "one budget"),
         (["--memory", "4GiB", "--context", "999999"], "999,?999"),
         (["--bits-per-weight", "0"], "--bits-per-weight 0"),
+        (["--bits-per-weight", "nan"], "--bits-per-weight nan"),
+        (["--bits-per-weight", "4.5", "--candidates", ","], "--candidates: names no number format"),
         (["--bits-per-weight", "4.5", "--format", "gguuf"], "did you mean|use one of"),
         (["--bits-per-weight", "4.5", "--method", "awq"], "cannot measure method 'awq'"),
         (["--bits-per-weight", "4.5", "--candidates", "int4-x"], "unknown number format"),

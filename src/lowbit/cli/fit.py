@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from lowbit.cli.options import SOURCE_HELP, add_calibration_arguments, add_report_arguments, positive, size_of
-from lowbit.cli.output import plain, print_fields, write_json
+from lowbit.cli.output import human_bytes, plain, print_fields, write_json
 from lowbit.cli.progress import create_progress
 from lowbit.cli.quantize import summary
+
+if TYPE_CHECKING:
+    from lowbit.sizing.fit_memory import Serving
 
 HELP = "quantize to a size: measure every module, give each the bits that it needs"
 EXAMPLES = """\
@@ -33,7 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--context", type=positive, metavar="N", help="tokens of each request, with --memory")
     budget.add_argument("--concurrency", type=positive, default=1, metavar="N", help="requests at a time (default: 1)")
     budget.add_argument(
-        "--kv-dtype", default="auto", metavar="NAME", help="of the cache, with --memory: auto, fp8, q8_0"
+        "--kv-dtype",
+        default="auto",
+        metavar="NAME",
+        help="of the cache, with --memory: auto (chosen with the bits), bfloat16, fp8, float16, q8_0, q4_0 …",
+    )
+    budget.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="devices of so much memory; 0 is the host (default: vLLM 1; llama.cpp what is here)",
     )
     what = parser.add_argument_group("what to choose from")
     what.add_argument("--format", default="compressed-tensors", help="compressed-tensors (default), gptq, gguf …")
@@ -74,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             context=arguments.context,
             concurrency=arguments.concurrency,
             kv_dtype=arguments.kv_dtype,
+            gpus=arguments.gpus,
             format=arguments.format,
             method=arguments.method,
             candidates=candidates,
@@ -95,10 +109,31 @@ def run(arguments: argparse.Namespace) -> int:
         counts[choice] = counts.get(choice, 0) + 1
     if arguments.json:
         result = {name: value for name, value in plain(found.result).items() if name != "held_out"}
-        write_json({"predicted_kl": found.predicted, "choices": dict(found.fit.choices), "result": result})
+        write_json(
+            {
+                "predicted_kl": found.predicted,
+                "choices": dict(found.fit.choices),
+                "serving": plain(found.serving),
+                "result": result,
+            }
+        )
         return 0
     lines = summary(found.result)
     lines["how"] = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
     lines["predicted"] = f"KL divergence {found.predicted:.4g} nats"
+    if found.serving is not None:
+        lines |= serving_lines(found.serving)
     print_fields(lines | {f"picture {i + 1}": str(path) for i, path in enumerate(found.plots)})
     return 0
+
+
+def serving_lines(serving: Serving) -> dict[str, str]:
+    """The cache, the memory, and what fits."""
+    costs = "" if serving.kv_divergence is None else f", which adds {serving.kv_divergence:.3g} nats"
+    return {
+        "kv cache": f"{serving.kv_dtype}{costs}: {serving.reason}",
+        "memory": f"{human_bytes(serving.total)} of {human_bytes(serving.budget)} usable for {serving.concurrency} x "
+        f"{serving.context:,} tokens; up to {serving.largest_concurrency:,} requests of that length, or "
+        f"{serving.largest_context:,} tokens for as many",
+        "serve with": f"{serving.engine} {' '.join(serving.flags)}",
+    }

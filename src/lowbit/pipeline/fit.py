@@ -9,14 +9,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowbit.calibration import load_calibration, load_tokenizer
+from lowbit.calibration import CalibrationSet, load_calibration, load_tokenizer
 from lowbit.checkpoint import Checkpoint, hash_file, open_checkpoint, read_json_object, write_json
+from lowbit.checkpoint.layers import layer_states
 from lowbit.codecs import CODECS, Codec
 from lowbit.codecs.gguf.architectures import export_plan
 from lowbit.codecs.gguf.mixes import choose_types, find_mix
@@ -27,6 +28,7 @@ from lowbit.formats import IntSpec, WeightSpec, parse_spec
 from lowbit.formats.ggml import GGML_TYPES, BlockTensor, GgmlType
 from lowbit.kernels.ggml import quantize_rows
 from lowbit.pipeline.job import DEMO
+from lowbit.pipeline.kv_cache import measure_cache
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.recipe import Recipe, Rule, suggestion
 from lowbit.pipeline.sampling import sample_from
@@ -42,7 +44,17 @@ from lowbit.pipeline.streamed import StreamedModel, model_dtype
 from lowbit.planning import probe
 from lowbit.quant import METHODS, InputStatistics, Option, allocate
 
-__all__ = ["DEFAULT_CANDIDATES", "Fit", "Measurement", "check_measurement", "choose", "gguf_types", "measure"]
+__all__ = [
+    "DEFAULT_CANDIDATES",
+    "Fit",
+    "Measurement",
+    "check_bits",
+    "check_measurement",
+    "choose",
+    "gguf_types",
+    "measure",
+    "measure_caches",
+]
 
 DENSE = "dense"
 """The candidate that leaves a module as it is."""
@@ -71,7 +83,8 @@ _HEADER_BYTES = 160
 class Measurement:
     """What every candidate does to every group of modules of one checkpoint.
 
-    ``other_bytes`` are those of everything that is not chosen here: embeddings, norms, head, routers.
+    ``other_bytes`` are those of everything that is not chosen here: embeddings, norms, head, routers. ``caches`` are
+    the divergences of cache formats, as far as they were measured.
     """
 
     source: str
@@ -81,6 +94,7 @@ class Measurement:
     calibration: Mapping[str, Any]
     other_bytes: int
     groups: tuple[GroupSensitivity, ...]
+    caches: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -170,6 +184,8 @@ def measure(
     if method not in METHODS or METHODS[method].transform is not None:
         usable = [name for name, entry in METHODS.items() if entry.transform is None]
         raise UsageError(f"fit cannot measure method {method!r}{suggestion(method, usable)}")
+    if candidates is not None and not candidates:
+        raise UsageError("--candidates: names no number format: give e.g. int4-g128-sym,int8-g128-sym")
     names = candidates or DEFAULT_CANDIDATES.get(format, DEFAULT_CANDIDATES["compressed-tensors"][:1])
     with open_checkpoint(source, trust_remote_code=trust_remote_code) as checkpoint:
         if checkpoint.quantization_config:
@@ -178,14 +194,7 @@ def measure(
             _gguf_choice(checkpoint, names) if format == GGUF else _choice(checkpoint, CODECS[format], names, method)
         )
         model = StreamedModel(checkpoint, device=device, trust_remote_code=trust_remote_code)
-        text = load_calibration(
-            calibration if calibration is not None or str(source) != DEMO else DEMO,
-            load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code),
-            samples=samples,
-            seq_len=min(seq_len, int(getattr(model.config, "max_position_embeddings", None) or seq_len)),
-            seed=seed,
-            generate=sample_from(model, probe().available // 4),
-        )
+        text = _text(model, source, calibration, samples, seq_len, seed)
         groups = measure_sensitivity(
             model,
             text.ids,
@@ -206,6 +215,43 @@ def measure(
             other_bytes=choice.other_bytes(groups),
             groups=tuple(groups),
         )
+
+
+def measure_caches(
+    source: str | Path,
+    formats: Sequence[str],
+    *,
+    calibration: str | Path | None = None,
+    samples: int = 64,
+    seq_len: int = 256,
+    seed: int = 42,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """The KL divergence that each cache format causes, on the text that :func:`measure` takes for the same arguments.
+
+    Raises what :func:`lowbit.pipeline.kv_cache.measure_cache` raises.
+    """
+    with open_checkpoint(source, trust_remote_code=trust_remote_code) as checkpoint:
+        model = StreamedModel(checkpoint, device=device, trust_remote_code=trust_remote_code)
+        layers = layer_states(checkpoint.config, checkpoint.description, where=str(checkpoint.path))
+        text = _text(model, source, calibration, samples, seq_len, seed)
+        return measure_cache(model, text.ids, formats, layers, progress=progress)
+
+
+def _text(
+    model: StreamedModel, source: str | Path, calibration: str | Path | None, samples: int, seq_len: int, seed: int
+) -> CalibrationSet:
+    checkpoint = model.checkpoint
+    return load_calibration(
+        calibration if calibration is not None or str(source) != DEMO else DEMO,
+        load_tokenizer(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code),
+        samples=samples,
+        seq_len=min(seq_len, int(getattr(model.config, "max_position_embeddings", None) or seq_len)),
+        seed=seed,
+        generate=sample_from(model, probe().available // 4),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,8 +323,7 @@ def choose(measurement: Measurement, *, total_bytes: int | None = None, bits_per
     if (total_bytes is None) == (bits_per_weight is None):
         raise UsageError("give either a size or bits per weight")
     if bits_per_weight is not None:
-        if not 0 < bits_per_weight <= 32:
-            raise UsageError(f"--bits-per-weight {bits_per_weight:g}: give a number such as 4.25")
+        check_bits(bits_per_weight)
         budget = math.floor(bits_per_weight * measurement.weights / 8)
     else:
         assert total_bytes is not None
@@ -301,6 +346,12 @@ def choose(measurement: Measurement, *, total_bytes: int | None = None, bits_per
         divergence=sum(one.divergence for one in picked),
         bits_per_weight=8 * linear / measurement.weights,
     )
+
+
+def check_bits(bits_per_weight: float) -> None:
+    """Raise :class:`UsageError` for a number of bits that no weight can have."""
+    if not 0 < bits_per_weight <= 32:
+        raise UsageError(f"--bits-per-weight {bits_per_weight:g}: give a number such as 4.25")
 
 
 def check_measurement(measurement: Measurement, source: str | Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint import check_output
-from lowbit.errors import ResourceError, UsageError
+from lowbit.errors import UnsupportedError, UsageError
 from lowbit.evaluation.certify import CERTIFY_TOKENS, quantize
 from lowbit.pipeline.fit import (
     GGUF,
@@ -16,16 +16,17 @@ from lowbit.pipeline.fit import (
     UNTOUCHED,
     Fit,
     Measurement,
+    check_bits,
     check_measurement,
     choose,
     gguf_types,
     measure,
+    measure_caches,
 )
 from lowbit.pipeline.gguf_output import check_name, is_gguf_name
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.quantize import QuantizeResult
-from lowbit.planning.kv_dtypes import LLAMA_CPP, VLLM
-from lowbit.sizing.estimate import estimate
+from lowbit.sizing.fit_memory import Serving, check_room, choose_together, offered_caches, open_asked
 from lowbit.sizing.fit_plots import draw_fit
 
 __all__ = ["FitResult", "fit"]
@@ -38,7 +39,8 @@ CURVE_POINTS = 24
 class FitResult:
     """What :func:`fit` chose, and the checkpoint that it made of it.
 
-    ``predicted`` is the KL divergence in nats per token that was expected; ``result.quality`` has the measured one.
+    ``predicted`` is the KL divergence in nats per token that was expected of the weights; ``result.quality`` has the
+    measured one. ``serving`` is how it goes into the memory that was the budget, None for another budget.
     """
 
     fit: Fit
@@ -46,6 +48,7 @@ class FitResult:
     result: QuantizeResult
     measurement: Measurement
     plots: tuple[Path, ...] = ()
+    serving: Serving | None = None
 
 
 def fit(
@@ -58,6 +61,7 @@ def fit(
     context: int | None = None,
     concurrency: int = 1,
     kv_dtype: str = "auto",
+    gpus: int | None = None,
     format: str = "compressed-tensors",
     method: str = "gptq",
     candidates: Sequence[str] | None = None,
@@ -76,10 +80,11 @@ def fit(
 ) -> FitResult:
     """Quantize ``source`` into ``out`` with the bits per module that lose least within a budget.
 
-    The budget is ``size`` bytes on disk, ``bits_per_weight`` of the linears, or ``memory``: bytes of a device that must
-    hold the weights, the cache of ``concurrency`` requests of ``context`` tokens in ``kv_dtype``, and the engine
-    (vLLM, or llama.cpp for a GGUF file), as :func:`lowbit.estimate` counts them. An ``out`` that ends in ``.gguf``
-    becomes a GGUF file.
+    The budget is ``size`` bytes on disk, ``bits_per_weight`` of the linears, or ``memory``: bytes of each of ``gpus``
+    devices (0: of the host) that must hold the weights, the cache of ``concurrency`` requests of ``context`` tokens,
+    and the engine (vLLM, or llama.cpp for a GGUF file), as :func:`lowbit.estimate` counts them. With a ``kv_dtype`` of
+    "auto" the cache's format is chosen together with the bits, by what the engine's formats were measured to cost. An
+    ``out`` that ends in ``.gguf`` becomes a GGUF file.
 
     ``measurements`` is a file: read if it is there, written if not, so that the next budget takes seconds.
     ``report`` is a directory for the pictures. Raises :class:`ResourceError` for a budget that is too small, by how
@@ -88,22 +93,37 @@ def fit(
     progress = progress or Silent()
     if sum(budget is not None for budget in (size, bits_per_weight, memory)) != 1:
         raise UsageError("fit needs one budget: --size, --bits-per-weight or --memory")
+    if bits_per_weight is not None:
+        check_bits(bits_per_weight)
     if is_gguf_name(out):
         format = GGUF
+    asked = None
     if memory is not None:
-        size = _room(source, memory, context, concurrency, kv_dtype, format, progress)
+        asked = open_asked(
+            source, memory, context=context, concurrency=concurrency, kv_dtype=kv_dtype, format=format, gpus=gpus
+        )
+        check_room(asked, offered_caches(asked, kv_dtype))
+    elif (context, kv_dtype, gpus) != (None, "auto", None):
+        raise UsageError("--context, --kv-dtype and --gpus belong to --memory: give that as the budget")
     if format == GGUF:
         check_name(Path(out), overwrite=overwrite)
     else:
         check_output(Path(out), resume=False, overwrite=overwrite)
+    data: dict[str, Any] = {
+        "calibration": calibration, "seed": seed, "device": device, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     measurement = _measurement(
-        source, measurements, progress, format=format, method=method, candidates=candidates, calibration=calibration,
-        seed=seed, device=device, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    chosen = choose(measurement, total_bytes=size, bits_per_weight=bits_per_weight)
-    progress.message(
-        f"chose {chosen.bits_per_weight:.3f} bits per weight: predicted KL divergence {chosen.divergence:.4g} nats"
+        source, measurements, progress, format=format, method=method, candidates=candidates, **data
     )
+    serving = None
+    if asked is None:
+        chosen = choose(measurement, total_bytes=size, bits_per_weight=bits_per_weight)
+    else:
+        wanted = offered_caches(asked, kv_dtype)
+        measurement, reason = _with_caches(source, measurement, wanted, measurements, progress, **data)
+        known = {name: measurement.caches[name] for name in wanted if name in measurement.caches}
+        chosen, serving = choose_together(asked, measurement, known, reason)
+    progress.message(_told(chosen, serving))
     if format == GGUF:
         how: dict[str, Any] = {"scheme": GGUF_BASE, "imatrix": "auto", "types": gguf_types(source, chosen)}
     else:
@@ -116,45 +136,30 @@ def fit(
     plots: tuple[Path, ...] = ()
     if report is not None:
         plots = draw_fit(Path(report), measurement, chosen, curve(measurement), result.quality)
-    return FitResult(chosen, chosen.divergence, result, measurement, plots)
+    return FitResult(chosen, chosen.divergence, result, measurement, plots, serving)
 
 
-def _room(
-    source: str | Path,
-    memory: int,
-    context: int | None,
-    concurrency: int,
-    kv_dtype: str,
-    format: str,
-    progress: Progress,
-) -> int:
-    """Bytes that weights may take of ``memory`` beside everything else."""
-    engine = LLAMA_CPP if format == GGUF else VLLM
-    scheme = GGUF_BASE if format == GGUF else "int4-g128-sym"
-    estimated = estimate(
-        source,
-        schemes=[scheme],
-        format="compressed-tensors" if format == GGUF else format,
-        context=context,
-        concurrency=concurrency,
-        kv_dtype=kv_dtype,
-        engine=engine,
-        gpus=1,
-        gpu_memory=memory,
-    )
-    precision = estimated.precisions[0]
-    if not precision.parts:
-        raise UsageError(precision.problem)
-    others = precision.total - precision.parts["weights"]
-    room = precision.budget - others
-    told = f"{estimated.context:,} tokens for {concurrency} and {estimated.engine} take {others / 2**30:.2f} GiB"
-    if room <= 0:
-        raise ResourceError(
-            f"--memory: {told}, {-room / 2**30:.2f} GiB more than the engine may use of {memory / 2**30:.2f} GiB: "
-            "lower --context or --concurrency, or a smaller --kv-dtype"
-        )
-    progress.message(f"{told}; {room / 2**30:.2f} GiB are left for weights")
-    return room
+def _told(chosen: Fit, serving: Serving | None) -> str:
+    told = f"chose {chosen.bits_per_weight:.3f} bits per weight: predicted KL divergence {chosen.divergence:.4g} nats"
+    return told if serving is None else f"{told}; {serving.kv_dtype} cache ({serving.reason})"
+
+
+def _with_caches(
+    source: str | Path, measurement: Measurement, wanted: Sequence[str], file: str | Path | None, progress: Progress,
+    **data: Any,
+) -> tuple[Measurement, str]:  # fmt: skip
+    """The measurement with the divergences of the cache formats ``wanted``, and the reason why there are none."""
+    missing = [name for name in wanted if name not in measurement.caches]
+    if not missing:
+        return measurement, ""
+    try:
+        found = measure_caches(source, missing, progress=progress, **data)
+    except UnsupportedError as error:
+        return measurement, str(error)
+    measurement = replace(measurement, caches={**measurement.caches, **found})
+    if file is not None:
+        measurement.save(Path(file))
+    return measurement, ""
 
 
 def curve(measurement: Measurement) -> list[Fit]:
