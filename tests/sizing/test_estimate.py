@@ -17,7 +17,9 @@ from lowbit.sizing import variants
 from lowbit.sizing.estimate_results import Estimate
 from lowbit.sizing.headers import open_header_model
 from lowbit.sizing.memory_plot import write_picture
+from lowbit.sizing.pictures import write_figure
 from lowbit.sizing.placement import device_kinds, image_encoder
+from lowbit.sizing.recommend_plot import draw_recommendation
 from lowbit.sizing.variants import make_variant
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -263,6 +265,21 @@ def test_recommending_by_measurement(tmp_path: Path) -> None:
     assert found.runner_up
     with pytest.raises(UsageError, match="no certificate there"):
         recommend("demo", measured=[tmp_path], hardware=MACHINE)
+
+
+def test_a_picture_of_what_was_compared(tmp_path: Path) -> None:
+    found = recommend(CONFIGS / "llama-3.1-8b.json", gpus=1, memory=24 * GIB, concurrency=16, hardware=MACHINE)
+    figure = draw_recommendation(found)
+    (axes,) = figure.axes
+    rings = [line for line in axes.lines if line.get_markersize() == 15]
+    assert [line.get_xdata()[0] for line in rings if len(line.get_xdata())] == [found.chosen.total / GIB]
+    marks = [line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
+    assert len(marks) == len(found.candidates) + 1
+    write_figure(figure, tmp_path / "deep" / "choice.png")
+    assert (tmp_path / "deep" / "choice.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match=r"--png .*cannot be written"):
+        write_figure(figure, tmp_path / "file" / "choice.png")
 
 
 def test_recommending_on_a_cpu() -> None:

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--measured", metavar="DIR", action="append", default=[], help="a quantized copy whose certificate counts"
     )
     add_load_arguments(parser, with_gpu_memory=False)
+    parser.add_argument("--png", metavar="FILE", help="draw what was compared into a file too")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -56,10 +57,17 @@ def run(arguments: argparse.Namespace) -> int:
         like=arguments.like,
         revision=arguments.revision,
     )
+    if arguments.png:
+        from lowbit.sizing.pictures import write_figure
+        from lowbit.sizing.recommend_plot import draw_recommendation
+
+        write_figure(draw_recommendation(result), arguments.png)
     if arguments.json:
         write_json(result)
     else:
         print_recommendation(result)
+        if arguments.png:
+            print(f"picture: {arguments.png}")
     return 0
 
 

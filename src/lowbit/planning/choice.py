@@ -68,7 +68,12 @@ def expected_loss(bits: float, parameters: int) -> float:
     """
     if bits >= 15:
         return 0.0
-    loss = 0.012 if bits >= 7.5 else 0.018 if bits >= 5.5 else 0.04 * 2.2 ** max(0.0, 4.0 - bits)
+    if bits >= 7.5:
+        loss = 0.012
+    elif bits >= 4:
+        loss = 0.018 + 0.022 * max(0.0, 5.5 - bits) / 1.5
+    else:
+        loss = 0.04 * 2.2 ** (4 - bits)
     if parameters < _LARGE and bits < 7.5:
         loss *= 2 if parameters < _SMALL else 1.3
     return loss

@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lowbit.errors import UsageError
 from lowbit.sizing.estimate_results import Estimate
+from lowbit.sizing.pictures import write_figure
 
 _GIB = 2**30
 
@@ -31,17 +31,11 @@ COLOURS: Mapping[str, str] = {
 
 def write_picture(result: Estimate, path: str | Path) -> None:
     """Draw ``result`` into a file whose ending names the format. Raises :class:`UsageError` for one that is unknown."""
-    figure = draw(result)
-    target = Path(path)
-    supported = figure.canvas.get_supported_filetypes()
-    if target.suffix.lstrip(".").lower() not in supported:
-        raise UsageError(f"--png {path}: the name must end in .png (or {', '.join(sorted(supported))})")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=150)
+    write_figure(draw(result), path)
 
 
 def draw(result: Estimate) -> Figure:
-    """Horizontal stacked bars, the device's memory as a line."""
+    """Horizontal stacked bars, the device's memory and what may be used of it as lines."""
     shown = [entry for entry in result.precisions if entry.parts]
     figure = Figure(figsize=(9, 1.8 + 0.45 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
@@ -52,12 +46,17 @@ def draw(result: Estimate) -> Figure:
             axes.barh(place, size / _GIB, left=left, color=COLOURS[part], height=0.7)
             left += size / _GIB
             used[part] = None
-        axes.text(left, place, f" {entry.total / _GIB:.2f}", va="center", fontsize=9)
+        box = {"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none"}
+        label = axes.annotate(f"{entry.total / _GIB:.2f}", (left, place), (5, 0), textcoords="offset points", bbox=box)
+        label.set(va="center", fontsize=9, zorder=3)
     axes.axvline(result.devices.memory / _GIB, color="#1b1f24", linestyle="--", linewidth=1)
+    if shown:
+        axes.axvline(shown[0].budget / _GIB, color="#1b1f24", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(shown)), [entry.scheme for entry in shown])
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel(f"GiB on one device ({result.devices.name}, {result.devices.memory / _GIB:.0f} GiB, dashed)")
+    device = f"{result.devices.name}, {result.devices.memory / _GIB:.0f} GiB, dashed"
+    axes.set_xlabel(f"GiB on one device ({device}; dotted: what {result.engine} may use of them)")
     title = f"{result.model}: {result.requests} × {result.context:,} tokens, {result.engine}"
     axes.set_title(title, fontsize=11, loc="left")
     for side in ("top", "right"):

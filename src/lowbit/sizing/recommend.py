@@ -33,10 +33,11 @@ class Recommendation:
     ``runner_up``  the next best, in words, and ``instead`` when to take it
     ``commands``   to make it and to serve it
     ``thumb``      what the rule-of-thumb selector says (bits, or None) and why
+    ``candidates`` everything that was compared, the chosen one among them
     """
 
     model: str
-    quality: str
+    quality: Quality
     engine: str
     scheme: str
     format: str
@@ -53,6 +54,12 @@ class Recommendation:
     measured: tuple[str, ...]
     precision: PrecisionEstimate
     estimate: Estimate
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate that was chosen."""
+        return next(one for one in self.candidates if (one.scheme, one.kv_dtype) == (self.scheme, self.kv_dtype))
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
@@ -120,7 +127,7 @@ def recommend(
     if choice.chosen is None:
         raise ResourceError(_shortage(choice, results))
     result = results[_cache_key(choice.chosen, results)]
-    return _recommendation(model, quality, choice, choice.chosen, result, certificates, why)
+    return _recommendation(model, quality, choice, choice.chosen, result, certificates, why, tuple(candidates))
 
 
 def _engine(asked: str | None, on_gpu: bool) -> tuple[str, str]:
@@ -181,6 +188,7 @@ def _recommendation(
     result: Estimate,
     certificates: dict[str, list[Measured]],
     why_engine: str,
+    candidates: tuple[Candidate, ...],
 ) -> Recommendation:
     entry = next(entry for entry in result.precisions if entry.scheme == chosen.scheme)
     method, why_method = _method(entry, chosen)
@@ -210,6 +218,7 @@ def _recommendation(
         measured=tuple(sorted({found.name for entries in certificates.values() for found in entries})),
         precision=entry,
         estimate=result,
+        candidates=candidates,
     )
 
 
