@@ -1,37 +1,65 @@
 """Predicted against measured memory: files, llama.cpp and vLLM's CPU build serving, and `lowbit quantize` itself.
 
-    python benchmarks/memory.py                                     # all parts, on the small shape
-    python benchmarks/memory.py --parts files llama.cpp --shape 1.1b --layers 22
-    python benchmarks/memory.py --parts vllm --contexts 1024 4096 --concurrency 1 4
+    python benchmarks/memory.py                                     # all parts, on the embedded model
+    python benchmarks/memory.py --parts files
+    python benchmarks/memory.py --parts llama.cpp vllm --shape 1.1b --contexts 512 2048 8192 --concurrency 1 4 16
+    python benchmarks/memory.py --parts quantize --shape 1.1b --layers 1 3
 
-Serving: a server of its own for each context and number of requests gets that many prompts of three quarters of the
-context at once, and what it then has resident is compared with what `lowbit.estimate` said before. Of an engine of
-several processes, shared pages are counted once (the kernel's proportional set size). llama.cpp reads its file instead
-of mapping it: mapped pages come and go with the page cache.
+`files`: every scheme in every format that holds it, and every mix of GGUF, to the byte. Serving: the engine's own
+process as `lowbit serve` starts it, one for each context and number of requests; every slot gets a prompt, then its
+resident memory is compared with what `lowbit.estimate` said before. Of llama.cpp that is what /proc calls RSS, the
+mapped file included (predicted: the total and what the system may take back); of vLLM's four processes the
+proportional share of each (PSS), so that what they have in common counts once. `quantize`: a process's highest RSS.
+
+--prompt bounds the tokens of the first prompt and, to a sixteenth of that, of the others, for large models on few
+processors. Weights of shapes are random.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+import lowbit
+from lowbit.codecs import CODECS
+from lowbit.codecs.gguf.mixes import MIXES
+from lowbit.engines.flags import EngineFlags, build_command
+from lowbit.engines.presets import ENGINES
+from lowbit.errors import LowbitError
+from lowbit.planning import probe
+from lowbit.sizing.headers import open_header_model
+from lowbit.sizing.making import predict_making
+from lowbit.sizing.variants import make_variant
+
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ROOT / "benchmarks" / "peers"
+VLLM_PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
 MIB = 2**20
 BOUNDS = {"files": 0.0, "llama.cpp": 0.05, "vllm": 0.05, "quantize": 0.10}
 """Largest relative error that each part may have."""
-SCHEMES = ("W4A16", "W4A16_ASYM", "W8A16", "int3-g32-asym", "int8-channel-sym")
-MIXES = ("Q8_0", "Q4_K_M", "Q4_0")
-MARK = "@resident@ "
+SCHEMES = (
+    *("int2-g64-sym", "int3-g128-sym", "int4-g128-sym", "int4-g32-asym", "int4-channel-sym", "int5-g64-asym"),
+    *("int6-tensor-sym", "int8-g128-sym", "int8-channel-asym", "fp8-channel", "fp8-block", "nvfp4", "mxfp4", "nf4-b64"),
+    *("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16"),
+)
+"""Number formats and presets that are tried in every file format; those that it refuses are counted."""
+START_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -55,19 +83,10 @@ class Row:
 def main() -> int:
     """Compare, print, write; 1 where a bound does not hold."""
     options = _options()
-    if options.child:
-        CHILDREN[options.child](json.loads(options.arguments))
-        return 0
     rows = []
     with tempfile.TemporaryDirectory(prefix="lowbit-memory-") as folder:
-        work = Path(folder)
-        model = work / "model"
-        tool = [sys.executable, str(PEERS / "workload.py"), "checkpoint", str(model)]
-        tool += ["--shape", options.shape, "--layers", str(options.layers), "--dtype", options.dtype]
-        subprocess.run(tool, check=True)
-        _write_tokenizer(model)
         for part in options.parts:
-            for row in PARTS[part](model, work, options):
+            for row in PARTS[part](Path(folder), options):
                 rows.append(row)
                 print(_line(row), flush=True)
     print("\n".join(_table(rows)))
@@ -80,72 +99,209 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--shape", default="0.1b", help="of the random Llama (see peers/workload.py)")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--shape", help="of a random Llama (peers/workload.py) instead of the embedded model")
+    parser.add_argument("--layers", type=int, nargs="+", help="blocks of the shape; the first of them serves")
+    parser.add_argument("--dtype", default="bfloat16", help="of the shape's weights")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--mixes", nargs="+", default=["Q4_K_M", "Q8_0"], help="GGUF files that are served")
+    parser.add_argument("--kv-dtypes", nargs="+", default=["f16"], help="caches of llama.cpp")
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "awq"])
+    parser.add_argument("--calibration", type=int, nargs=2, default=[32, 512], metavar=("SAMPLES", "LENGTH"))
+    parser.add_argument("--memory", help="allowed to `lowbit quantize`, e.g. 6GiB")
+    parser.add_argument("--prompt", type=int, default=1 << 20, help="most tokens of the first prompt")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--arguments", default="{}", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-# ---- parts ---------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def files(model: Path, work: Path, options: argparse.Namespace) -> Iterator[Row]:
-    """Weight files of every scheme, before and after quantizing."""
-    for scheme in (*SCHEMES, *MIXES):
-        predicted = _estimate(model, schemes=[scheme], engine="llama.cpp" if scheme in MIXES else "vllm")
-        out = work / (f"{scheme}.gguf" if scheme in MIXES else scheme)
-        _quantize(model, out, scheme)
-        written = [out] if out.is_file() else list(out.glob("*.safetensors"))
-        yield Row("files", scheme, predicted["file_bytes"], sum(file.stat().st_size for file in written))
-
-
-def llama_cpp(model: Path, work: Path, options: argparse.Namespace) -> Iterator[Row]:
-    """Resident memory of llama.cpp over mixes, contexts and requests."""
+def files(work: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """Weight files of every scheme before and after quantizing, a refusal counting as one both times."""
+    model = _models(work, options)[0]
+    refused = 0
+    for format in CODECS:
+        for scheme in SCHEMES:
+            out = work / f"{format}-{scheme}"
+            try:
+                lowbit.quantize(model, out, scheme=scheme, format=format, method="rtn", certify_tokens=0)
+            except LowbitError:
+                refused += 1
+                continue
+            predicted = _predicted_file(model, scheme, format)
+            written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+            yield Row("files", f"{scheme}, {format}", predicted, written)
     for mix in MIXES:
-        path = work / f"{mix}.gguf"
-        if not path.exists():
-            _quantize(model, path, mix)
+        out = work / f"{mix}.gguf"
+        try:
+            lowbit.quantize(model, out, scheme=mix, imatrix="auto", samples=4, seq_len=128, certify_tokens=0)
+        except LowbitError:
+            refused += 1
+            continue
+        yield Row("files", f"{mix}, gguf", _predicted_file(model, mix, "gguf"), out.stat().st_size)
+    print(f"files: {refused} combinations that cannot be are refused")
+
+
+def _predicted_file(model: str | Path, scheme: str, format: str) -> int:
+    engine = "llama.cpp" if format == "gguf" else "vllm"
+    kind = {} if format == "gguf" else {"format": format}
+    return lowbit.estimate(model, schemes=[scheme], engine=engine, gpus=0, **kind).precisions[0].file_bytes
+
+
+# ---- serving -------------------------------------------------------------------------------------------------------
+
+
+def llama_cpp(work: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """Resident memory of llama.cpp over mixes, contexts, requests and cache formats."""
+    model = _models(work, options)[0]
+    for mix in options.mixes:
+        path = work / f"serve-{mix}.gguf"
+        lowbit.quantize(model, path, scheme=mix, certify_tokens=0)
+        for context, requests, kv in _loads(options, options.kv_dtypes):
+            load = {"context": context, "concurrency": requests, "kv_dtype": kv}
+            found = lowbit.estimate(model, schemes=[mix], engine="llama.cpp", gpus=0, **load).precisions[0]
+            flags = EngineFlags(**load, threads=options.threads, gpu_layers=0)
+            measured = _serve("llama.cpp", path, flags, sys.executable, options.prompt)
+            name = f"{mix}, {requests} x {context}, {kv}"
+            yield Row("llama.cpp", name, found.total + found.reclaimable, measured)
+
+
+def vllm(work: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """Resident memory of vLLM's CPU build, the pool of pages as large as predicted."""
+    if not VLLM_PYTHON.exists():
+        subprocess.run([sys.executable, str(ROOT / "tests" / "engines" / "environments.py"), "vllm"], check=True)
+    model = _models(work, options)[0]
+    for context, requests, _ in _loads(options, ["auto"]):
+        load = {"context": context, "concurrency": requests}
+        found = lowbit.estimate(model, schemes=["bf16"], engine="vllm", gpus=0, **load).precisions[0]
+        pool = ("--kv-cache-memory-bytes", str(found.parts["kv cache"]))
+        # Compiling takes minutes on few processors, and its workers' memory is gone when it has ended.
+        extra = ("--dtype", "bfloat16", "--max-num-batched-tokens", "2048", "--enforce-eager", *pool)
+        flags = EngineFlags(**load, threads=options.threads, extra=extra)
+        source = Path(str(open_header_model(model).checkpoint.path))
+        measured = _serve("vllm", source, flags, str(VLLM_PYTHON), options.prompt)
+        yield Row("vllm", f"bf16, {requests} x {context}", found.total, measured)
+
+
+def _loads(options: argparse.Namespace, kinds: list[str]) -> Iterator[tuple[int, int, str]]:
+    for kind in kinds:
         for context in options.contexts:
             for requests in options.concurrency:
-                load = {"context": context, "concurrency": requests}
-                predicted = _estimate(model, schemes=[mix], engine="llama.cpp", **load)
-                asked = {"path": str(path), "threads": options.threads, **load}
-                measured = _resident(Path(sys.executable), "llama.cpp", asked)
-                yield Row("llama.cpp", f"{mix}, {requests} x {context}", predicted["total"], measured)
+                yield context, requests, kind
 
 
-def vllm(model: Path, work: Path, options: argparse.Namespace) -> Iterator[Row]:
-    """Resident memory of vLLM's CPU build on a dense model, its pool as large as predicted."""
-    python = ROOT / ".venvs" / "vllm" / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, str(ROOT / "tests" / "engines" / "environments.py"), "vllm"], check=True)
-    for context in options.contexts:
-        for requests in options.concurrency:
-            load = {"context": context, "concurrency": requests}
-            predicted = _estimate(model, schemes=["bf16"], engine="vllm", **load)
-            asked = {"path": str(model), "threads": options.threads, "pool": predicted["parts"]["kv cache"], **load}
-            measured = _resident(python, "vllm", asked)
-            yield Row("vllm", f"bf16, {requests} x {context}", predicted["total"], measured)
+def _serve(engine: str, model: Path, flags: EngineFlags, python: str, longest: int) -> int:
+    """Start the engine, send a prompt to every slot, return what it then has resident, and end it."""
+    command, environment = build_command(ENGINES[engine], str(model), "model", flags, python)
+    port = _free_port()
+    places = {"host": "127.0.0.1", "port": port}
+    # Some engines see packages where they are started: here lie a kernels.py and others.
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+", encoding="utf-8") as log:
+        quiet = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+        process = subprocess.Popen(
+            [part.format(**places) if part in ("{host}", "{port}") else part for part in command],
+            env={**os.environ, **environment, **quiet, "OMP_NUM_THREADS": str(flags.threads or 1)},
+            cwd=folder, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        try:
+            _wait_for(process, port, log.name)
+            length = max(8, min(longest, 3 * int(flags.context or 0) // 4))
+            with concurrent.futures.ThreadPoolExecutor(flags.concurrency) as pool:
+                others = max(8, min(length, longest // 16))
+                lengths = [length, *[others] * ((flags.concurrency or 1) - 1)]
+                list(pool.map(lambda slot: _ask(port, slot, lengths[slot]), range(len(lengths))))
+            return _resident_bytes(process.pid)
+        finally:
+            _end(process)
 
 
-def quantize(model: Path, work: Path, options: argparse.Namespace) -> Iterator[Row]:
-    """Peak resident memory of `lowbit quantize` by method."""
-    for method, samples, length in (("rtn", 0, 0), ("gptq", 8, 512), ("awq", 8, 512)):
-        asked = {"path": str(model), "method": method, "samples": samples, "seq_len": length}
-        predicted = _child(Path(sys.executable), "predict", asked)
-        started = time.time()
-        measured = _child(Path(sys.executable), "quantize", {**asked, "out": str(work / f"by-{method}")})
-        name = f"{method}, {samples} x {length} ({time.time() - started:.0f} s)"
-        yield Row("quantize", name, predicted, measured)
+def _wait_for(process: subprocess.Popen[bytes], port: int, log: str) -> None:
+    end = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"the engine did not start: {Path(log).read_text(errors='replace')[-2000:]}")
 
 
-PARTS: dict[str, Callable[[Path, Path, argparse.Namespace], Iterator[Row]]] = {
+def _ask(port: int, slot: int, length: int) -> None:
+    prompt = [10 + slot + place % 50 for place in range(length)]
+    body = {"model": "model", "prompt": prompt, "max_tokens": 4, "temperature": 0, "cache_prompt": False}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=1200) as answer:
+        answer.read()
+
+
+def _resident_bytes(pid: int) -> int:
+    """RSS of a process; of one with children, the proportional share of each, added up."""
+    own = psutil.Process(pid)
+    children = own.children(recursive=True)
+    if not children:
+        return int(own.memory_info().rss)
+    return sum(int(process.memory_full_info().pss) for process in (own, *children))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the engine with all it started: it has a process group of its own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+# ---- quantizing ----------------------------------------------------------------------------------------------------
+
+_QUANTIZE = """
+import json, os, sys
+import lowbit
+found = lowbit.quantize(sys.argv[1], sys.argv[2], certify_tokens=0, scheme="W4A16", **json.loads(sys.argv[3]))
+print(found.peak_memory_bytes, flush=True)
+os._exit(0)
+"""
+
+
+def quantize(work: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """Highest resident memory of `lowbit quantize` by method, in processes of their own."""
+    samples, length = options.calibration
+    text = work / "calibration.txt"
+    text.write_text("\n".join(" ".join(f"w{3 + (i * 7919 + j) % 30000}" for j in range(64)) for i in range(2000)))
+    for model in _models(work, options, words=True):
+        for method in options.methods:
+            asked: dict[str, Any] = {"method": method}
+            if options.memory:
+                asked["memory"] = options.memory
+            if method != "rtn":
+                asked |= {"samples": samples, "seq_len": length}
+                if options.shape:
+                    asked["calibration"] = str(text)
+            opened = open_header_model(model)
+            count = 0 if method == "rtn" else samples
+            predicted = predict_making(
+                opened, make_variant(opened, "W4A16"), probe(), method=method, samples=count, seq_len=length
+            )
+            out = work / f"{Path(str(model)).name}-{method}"
+            started = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, "-c", _QUANTIZE, str(model), str(out), json.dumps(asked)],
+                stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+            name = f"{Path(str(model)).name}, {method}, {count} x {length}, {time.monotonic() - started:.0f} s"
+            yield Row("quantize", name, predicted.peak_bytes, int(done.stdout.split()[-1]))
+
+
+PARTS: dict[str, Callable[[Path, argparse.Namespace], Iterator[Row]]] = {
     "files": files,
     "llama.cpp": llama_cpp,
     "vllm": vllm,
@@ -153,127 +309,26 @@ PARTS: dict[str, Callable[[Path, Path, argparse.Namespace], Iterator[Row]]] = {
 }
 
 
-# ---- in processes of their own -------------------------------------------------------------------------------------
+# ---- models and output ---------------------------------------------------------------------------------------------
 
 
-def _child_llama_cpp(asked: dict[str, Any]) -> None:
-    import concurrent.futures
-
-    import xllamacpp
-
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = asked["path"]
-    parameters.n_ctx = asked["context"] * asked["concurrency"]
-    parameters.n_parallel = asked["concurrency"]
-    parameters.cpuparams.n_threads = asked["threads"]
-    parameters.n_gpu_layers = 0
-    parameters.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
-    server = xllamacpp.Server(parameters)
-    length = max(8, 3 * asked["context"] // 4)
-    body = {"n_predict": 4, "temperature": 0, "cache_prompt": False}
-
-    def ask(number: int) -> None:
-        server.handle_completions({**body, "prompt": [10 + number + place % 50 for place in range(length)]})
-
-    with concurrent.futures.ThreadPoolExecutor(asked["concurrency"]) as pool:
-        list(pool.map(ask, range(asked["concurrency"])))
-    _tell(_resident_bytes())
-
-
-def _child_vllm(asked: dict[str, Any]) -> None:
-    os.environ.update({"OMP_NUM_THREADS": str(asked["threads"]), "VLLM_LOGGING_LEVEL": "ERROR"})
-    # This folder has a kernels.py, which would stand in for a package of that name.
-    sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-    from vllm import LLM, SamplingParams
-
-    engine = LLM(
-        asked["path"],
-        dtype="bfloat16",
-        max_model_len=asked["context"],
-        max_num_seqs=asked["concurrency"],
-        max_num_batched_tokens=2048,
-        kv_cache_memory_bytes=asked["pool"],
-        enforce_eager=True,
-    )
-    length = max(8, 3 * asked["context"] // 4)
-    prompts = [
-        {"prompt_token_ids": [10 + number + place % 50 for place in range(length)]}
-        for number in range(asked["concurrency"])
-    ]
-    engine.generate(prompts, SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
-    _tell(_resident_bytes())
-
-
-def _child_quantize(asked: dict[str, Any]) -> None:
-    import lowbit
-
-    result = lowbit.quantize(asked["path"], asked["out"], scheme="W4A16", certify_tokens=0, **_settings(asked))
-    _tell(result.peak_memory_bytes)
-
-
-def _child_predict(asked: dict[str, Any]) -> None:
-    from lowbit.planning import probe
-    from lowbit.sizing.headers import open_header_model
-    from lowbit.sizing.making import predict_making
-    from lowbit.sizing.variants import make_variant
-
-    model = open_header_model(asked["path"])
-    count, length = asked["samples"], asked["seq_len"]
-    found = predict_making(
-        model, make_variant(model, "W4A16"), probe(), method=asked["method"], samples=count, seq_len=length
-    )
-    _tell(found.peak_bytes)
-
-
-def _settings(asked: dict[str, Any]) -> dict[str, Any]:
-    if not asked["samples"]:
-        return {"method": asked["method"]}
-    text = Path(asked["out"]).with_suffix(".txt")
-    text.write_text("\n".join(f"line {number} of a text about nothing, {number * 7 % 13}" for number in range(20_000)))
-    keys = ("method", "samples", "seq_len")
-    return {"calibration": str(text), **{key: asked[key] for key in keys}}
-
-
-CHILDREN: dict[str, Callable[[dict[str, Any]], None]] = {
-    "llama.cpp": _child_llama_cpp,
-    "vllm": _child_vllm,
-    "quantize": _child_quantize,
-    "predict": _child_predict,
-}
-
-
-def _tell(size: int) -> None:
-    import psutil
-
-    print(f"{MARK}{size}", flush=True)
-    # The engines' threads and processes outlive them, and would keep our reader waiting.
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(0)
-
-
-def _resident_bytes() -> int:
-    """Resident memory of this process; with children, what all of them have, shared pages once."""
-    import psutil
-
-    own = psutil.Process()
-    children = own.children(recursive=True)
-    if not children:
-        return int(own.memory_info().rss)
-    return sum(process.memory_full_info().pss for process in (own, *children))
-
-
-def _resident(python: Path, engine: str, asked: dict[str, Any]) -> int:
-    return _child(python, engine, asked)
-
-
-def _child(python: Path, name: str, asked: dict[str, Any]) -> int:
-    command = [str(python), __file__, "--child", name, "--arguments", json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith(MARK):
-            return int(line.removeprefix(MARK))
-    raise RuntimeError(f"{name} {asked}: {done.stderr[-2000:]}")
+def _models(work: Path, options: argparse.Namespace, *, words: bool = False) -> list[str | Path]:
+    """The embedded model, or random ones of the shape; ``words`` keeps the tokenizer that calibration needs."""
+    if not options.shape:
+        return ["demo"]
+    found: list[str | Path] = []
+    for layers in options.layers or [0]:
+        path = work / f"{options.shape}-{layers or 'all'}{'-words' if words else ''}"
+        if not path.exists():
+            tool = [sys.executable, str(ROOT / "benchmarks" / "peers" / "workload.py"), "checkpoint", str(path)]
+            tool += ["--shape", options.shape, "--dtype", options.dtype]
+            subprocess.run([*tool, *(["--layers", str(layers)] if layers else [])], check=True)
+            config = json.loads((path / "config.json").read_text())
+            (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+            if not words:
+                _write_tokenizer(path)
+        found.append(path)
+    return found
 
 
 def _write_tokenizer(model: Path) -> None:
@@ -293,27 +348,10 @@ def _write_tokenizer(model: Path) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def _estimate(model: Path, **arguments: Any) -> dict[str, Any]:
-    import lowbit
-
-    found = lowbit.estimate(model, gpus=0, **arguments).precisions[0]
-    return {"file_bytes": found.file_bytes, "total": found.total, "parts": dict(found.parts)}
-
-
-def _quantize(model: Path, out: Path, scheme: str) -> None:
-    import lowbit
-
-    method = {} if scheme in MIXES else {"method": "rtn"}
-    lowbit.quantize(model, out, scheme=scheme, certify_tokens=0, **method)
-
-
-# ---- output --------------------------------------------------------------------------------------------------------
-
-
 def _line(row: Row) -> str:
     verdict = "ok" if row.holds else "OUT OF BOUNDS"
     sizes = f"{row.predicted / MIB:10.2f} {row.measured / MIB:10.2f} MiB"
-    return f"{row.part:10} {row.name:32} {sizes} {row.error:+7.2%} {verdict}"
+    return f"{row.part:10} {row.name:36} {sizes} {row.error:+7.2%} {verdict}"
 
 
 def _table(rows: list[Row]) -> list[str]:
@@ -321,6 +359,9 @@ def _table(rows: list[Row]) -> list[str]:
     for row in rows:
         sizes = f"{row.predicted / MIB:.2f} | {row.measured / MIB:.2f}"
         lines.append(f"| {row.part} | {row.name} | {sizes} | {row.error:+.2%} |")
+    for part in dict.fromkeys(row.part for row in rows):
+        own = [abs(row.error) for row in rows if row.part == part]
+        lines.append(f"{part}: {len(own)} comparisons, largest error {max(own):.2%}")
     return lines
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,6 +138,34 @@ def test_vllm_activations_of_published_logs() -> None:
     served = model(hidden=4096, ffn=14336, heads=32, head_dim=128, vocab=128_256)
     parts = vllm_memory(served, Load(8192, 8, F16, 2048)).parts
     assert parts["activations"] / GIB == pytest.approx(0.22, rel=0.15)
+
+
+# Resident MiB of vLLM's four CPU processes (0.32, PSS) with a prompt of three quarters of the context in every slot:
+# (weights, embedding, tied), shape, blocks, KV heads, context, requests.
+VLLM_CPU = [
+    ((7.6, 1.0, True), {"hidden": 256, "ffn": 512, "heads": 4, "vocab": 2048}, 5, 2, 512, 1, 1487.6),
+    ((203.8, 16.0, False), {"hidden": 1024, "ffn": 2816, "heads": 16, "vocab": 8192}, 8, 4, 2048, 4, 1942.3),
+    ((203.8, 16.0, False), {"hidden": 1024, "ffn": 2816, "heads": 16, "vocab": 8192}, 8, 4, 512, 1, 1755.1),
+    ((2098.2, 125.0, False), {"hidden": 2048, "ffn": 5632, "heads": 32, "vocab": 32_000}, 22, 4, 512, 1, 4042.9),
+]
+
+
+@pytest.mark.parametrize(("weights", "shape", "blocks", "kv_heads", "context", "requests", "resident"), VLLM_CPU)
+def test_vllm_cpu_resident_memory_within_5_percent(
+    weights: tuple[float, float, bool],
+    shape: dict[str, int],
+    blocks: int,
+    kv_heads: int,
+    context: int,
+    requests: int,
+    resident: float,
+) -> None:
+    size, embedding, tied = weights
+    layers = (LayerState(kv_heads=kv_heads, key_dim=64, value_dim=64),) * blocks
+    described = replace(model(**shape).shape, tied=tied)
+    served = Served(described, layers, weights=int(size * MIB), embedding=int(embedding * MIB))
+    load = Load(context, requests, KV_DTYPES["bfloat16"], 2048, gpu=False)
+    assert vllm_memory(served, load).total / MIB == pytest.approx(resident, rel=0.05)
 
 
 def test_what_two_devices_share() -> None:

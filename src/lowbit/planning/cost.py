@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 
 from lowbit.planning.modules import PlannedModule, by_block, by_input
 
-BASE_BYTES = 700_000_000
-"""Resident memory of the interpreter with torch, transformers and numba loaded."""
+BASE_BYTES = 570_000_000
+"""Resident memory of the interpreter with torch and transformers loaded (measured, as the next)."""
+
+COMPILER_BYTES = 95_000_000
+"""Of numba with its compiled kernels, for methods that use them."""
+
+TOKENS_PER_FORWARD = 2048
+"""Tokens of a batch that is on its way through a block."""
+_ALIVE = 4
+"""Tensors of the widest intermediate that a batch holds at once: gate, activation, up, and their product."""
 
 _START_SECONDS = 6.0
 """Imports, compiled kernels, hashing the source: what even the smallest model takes."""
@@ -79,8 +87,8 @@ class Prediction:
 class MethodCost:
     """Work of a method on one weight ``(out, in)``: ``flops`` in products, ``passes`` over all weights.
 
-    ``needs_reference`` says that the float model runs beside the quantized one, ``tunes`` that offsets are learned of
-    all weights of a block together.
+    ``needs_reference`` says that the float model runs beside the quantized one, ``compiles`` that its kernels are
+    numba's, which stays in memory, ``tunes`` that offsets are learned of all weights of a block together.
     """
 
     flops: Callable[[int, int], float]
@@ -88,6 +96,7 @@ class MethodCost:
     needs_statistics: bool = True
     factorises: bool = False
     needs_reference: bool = False
+    compiles: bool = False
     tunes: bool = False
 
 
@@ -95,15 +104,18 @@ METHOD_COSTS: dict[str, MethodCost] = {
     "rtn": MethodCost(lambda out, into: 0.0, 20.0, needs_statistics=False),
     # 20 rounds of shrinking errors with a power of each.
     "hqq": MethodCost(lambda out, into: 0.0, 300.0, needs_statistics=False),
-    "gptq": MethodCost(lambda out, into: 3.0 * out * into * into, 22.0, factorises=True),
+    "gptq": MethodCost(lambda out, into: 3.0 * out * into * into, 22.0, factorises=True, compiles=True),
     # A cross product as large as the Gram matrix is solved for with the factor, twice, and applied.
-    "gptaq": MethodCost(lambda out, into: 5.0 * out * into * into, 22.0, factorises=True, needs_reference=True),
+    "gptaq": MethodCost(
+        lambda out, into: 5.0 * out * into * into, 22.0, factorises=True, needs_reference=True, compiles=True
+    ),
     # 200 steps forwards and backwards over 4096 tokens, gradients and offsets beside each weight.
     "autoround": MethodCost(
         lambda out, into: 5.0 * out * into * into + 200 * 6.0 * 4096 * out * into,
         22.0 + 200 * 30.0,
         factorises=True,
         needs_reference=True,
+        compiles=True,
         tunes=True,
     ),
     # 20 candidates of the scaling, each judged by tr(D G Dᵀ), and a clip search within groups.
@@ -200,7 +212,9 @@ def _memory(blocks: dict[str, list[PlannedModule]], workload: Workload, calibrat
         "block": largest * (workload.itemsize + 1),
         "solver": weights * 4 * 3,
     }
-    if any(_cost(module).tunes for module in planned):
+    if any(_cost(m).compiles for m in planned):
+        memory["compiler"] = COMPILER_BYTES
+    if any(_cost(m).tunes for m in planned):
         # of each weight: what it was, its offset and gradient, and what the graph keeps of its rounding
         memory["tuning"] = largest * 4 * 8
     if calibrated:
@@ -213,9 +227,12 @@ def _memory(blocks: dict[str, list[PlannedModule]], workload: Workload, calibrat
 
 
 def _in_flight(workload: Workload, widest: int) -> int:
-    """Bytes of intermediate states: a block's input, residual, norm output and widest intermediate."""
-    tokens = workload.tokens if workload.keep_states else workload.seq_len
-    return tokens * (3 * workload.hidden + widest) * workload.itemsize
+    """Bytes of intermediate states: of tokens that wait, a block's input, residual, norm output and widest
+    intermediate; of the batch that is under way, what its feed-forward holds besides."""
+    batch = min(workload.tokens, max(TOKENS_PER_FORWARD, workload.seq_len))
+    waiting = workload.tokens if workload.keep_states else batch
+    features = waiting * (3 * workload.hidden + widest) + batch * _ALIVE * widest
+    return features * workload.itemsize
 
 
 def _scratch(workload: Workload) -> int:

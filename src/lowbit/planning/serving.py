@@ -85,16 +85,26 @@ def vllm_memory(model: Served, load: Load) -> Memory:
     """vLLM: weights, pool, the peak of its profiling run, CUDA context with NCCL, and CUDA graphs."""
     block = 16 if load.gpu else VLLM_CPU_BLOCK
     pool = vllm_pool(model.layers, load.kv, load.devices, load.batch_tokens, block)
-    parts = {
-        "weights": model.weights,
-        "kv cache": pool.bytes(load.context, load.concurrency),
-        "activations": _activations(model, load),
-    }
+    parts = {"weights": model.weights, "kv cache": pool.bytes(load.context, load.concurrency)}
     if not load.gpu:
-        return Memory({**parts, "engine": VLLM_CPU_BASE})
+        return Memory(parts | _vllm_cpu(model, load))
+    parts["activations"] = _activations(model, load)
     parts["graphs"] = int(_GRAPHS + _GRAPHS_SHARE * model.weights)
     parts["engine"] = _CUDA_CONTEXT + (_NCCL if load.devices > 1 else 0)
     return Memory(parts, host=_VLLM_HOST * (load.devices + 1))
+
+
+def _vllm_cpu(model: Served, load: Load) -> dict[str, int]:
+    """vLLM's CPU build beside weights and pool: a step in its products' float32, and its processes with a second copy
+    of embedding and head (packed for products, as all weights are, but without letting go of the first)."""
+    shape = model.shape
+    tokens = min(load.batch_tokens, load.context * load.concurrency)
+    vocabulary = model.embedding * (1 if shape.tied else 2)
+    holes = int(VLLM_CPU_HOLES * max(0, model.weights - vocabulary))
+    return {
+        "activations": int(VLLM_CPU_STEP * _step_width(model, 1)) * tokens,
+        "engine": VLLM_CPU_BASE + vocabulary + holes,
+    }
 
 
 def llama_cpp_memory(model: Served, load: Load) -> Memory:
@@ -135,8 +145,8 @@ MEMORY: Mapping[str, Callable[[Served, Load], Memory]] = {VLLM: vllm_memory, LLA
 BATCH_TOKENS: Mapping[str, int] = {VLLM: 2048, LLAMA_CPP: 512}
 """Tokens computed at a time unless a flag says otherwise."""
 
-LLAMA_CPP_BASE = 31 * MIB
-"""Resident bytes of a process of ``lowbit serve`` with llama.cpp in it: 20 MiB of code, 11 of its own. This and the
+LLAMA_CPP_BASE = 32 * MIB
+"""Resident bytes of a process of ``lowbit serve`` with llama.cpp in it: 20 MiB of code, 12 of its own. This and the
 next were measured with the release of autumn 2026: one model of two blocks with vocabularies of 2,048, 8,000, 32,000,
 64,000 and 128,256 tokens, with and without merges, and 1 to 32 slots (``benchmarks/memory.py`` measures them again)."""
 LLAMA_CPP_TOKEN, LLAMA_CPP_MERGE = 150, 230
@@ -147,8 +157,13 @@ LLAMA_CPP_SLOT = MIB // 5
 LLAMA_CPP_ARENA, LLAMA_CPP_ARENAS = 9 * MIB // 20, 8
 """Of each slot; and of the allocator's arenas of the threads that serve them, which are bounded."""
 
-VLLM_CPU_BASE = 1400 * MIB
-"""Resident bytes of vLLM's CPU processes without weights and cache."""
+VLLM_CPU_BASE = 1462 * MIB
+"""Resident bytes of vLLM's four CPU processes (0.32: server, core, worker, tracker), what they share counted once. This
+and the next two were measured on models of 4 M to 1.1 G parameters (``benchmarks/memory.py`` measures them again)."""
+VLLM_CPU_STEP = 9.2
+"""Bytes per token and feature of the widest step: 2 in bfloat16, and float32 ones that the allocator keeps."""
+VLLM_CPU_HOLES = 0.09
+"""Share of the linears' weights that packing them one after the other leaves as holes in the heap."""
 
 _CUDA_CONTEXT = 600 * MIB
 _NCCL = 900 * MIB
@@ -161,13 +176,7 @@ def _activations(model: Served, load: Load) -> int:
     """The larger of the widest step of a full batch and of sampling; of the image encoder, if there is one."""
     shape, tokens, devices = model.shape, load.batch_tokens, load.devices
     item = 2
-    if shape.is_moe:
-        chosen, width = max(1, shape.experts_per_token), shape.expert_ffn / devices
-        feed_forward = chosen * (max(2 * width, shape.hidden) + width)
-    else:
-        feed_forward = 3 * shape.ffn / devices
-    attention = 2 * (shape.heads + 2 * max(shape.kv_heads, devices)) * shape.head_dim / devices
-    forward = int(item * tokens * (2 * shape.hidden + max(feed_forward, attention)))
+    forward = int(item * tokens * _step_width(model, devices))
     sampling = load.concurrency * shape.vocab * (item + 4 + 4)
     image = 0
     if (encoder := model.encoder) is not None:
@@ -175,6 +184,18 @@ def _activations(model: Served, load: Load) -> int:
         image = item * patches * (2 * encoder.hidden + max(3 * encoder.ffn, 4 * encoder.hidden))
         image += item * max(tokens, encoder.tokens) * shape.hidden
     return max(forward, sampling, image)
+
+
+def _step_width(model: Served, devices: int) -> float:
+    """Features of one token that are alive in the widest step: the residual twice, and attention or feed-forward."""
+    shape = model.shape
+    if shape.is_moe:
+        chosen, width = max(1, shape.experts_per_token), shape.expert_ffn / devices
+        feed_forward = chosen * (max(2 * width, shape.hidden) + width)
+    else:
+        feed_forward = 3 * shape.ffn / devices
+    attention = 2 * (shape.heads + 2 * max(shape.kv_heads, devices)) * shape.head_dim / devices
+    return 2 * shape.hidden + max(feed_forward, attention)
 
 
 def largest(fits: Callable[[int], bool], limit: int, step: int = 1) -> int:

@@ -71,11 +71,13 @@ class HeaderModel:
     @property
     def merges(self) -> int | None:
         """Merges of the vocabulary's byte-pair encoding; None where it has not been looked at."""
-        known = self.checkpoint.gguf.metadata if isinstance(self.checkpoint, GgufCheckpoint) else self.vocabulary
+        known: Mapping[str, MetadataValue] = self.vocabulary
+        if isinstance(self.checkpoint, GgufCheckpoint):
+            known = self.checkpoint.gguf.metadata
         if "tokenizer.ggml.model" not in known:
             return None
-        merges = known.get("tokenizer.ggml.merges", ())
-        merges = merges.value if isinstance(merges, Typed) else merges
+        stored = known.get("tokenizer.ggml.merges", ())
+        merges = stored.value if isinstance(stored, Typed) else stored
         return len(merges) if isinstance(merges, Sequence) else None
 
     @property
