@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lowbit.cli.extras import require_serve_extra
+
 HELP = "write Prometheus alert rules with their tests, a Grafana dashboard, and a runbook for each alert"
 EXAMPLES = """\
   lowbit alerts -o monitoring
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write all files, or none."""
+    require_serve_extra("alerts")
     from lowbit.ops.alerts import rule_tests, rules, runbook, thresholds
     from lowbit.ops.dashboard import dashboard
     from lowbit.ops.text_files import write_files

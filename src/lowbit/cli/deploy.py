@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowbit.cli.extras import require_serve_extra
 from lowbit.cli.options import positive, size_of
-from lowbit.errors import UnsupportedError, UsageError
+from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
     from lowbit.gateway.config import ServeConfig
@@ -21,8 +21,6 @@ EXAMPLES = """\
   lowbit deploy compose serve.yaml -o deploy
   lowbit deploy kubernetes serve.yaml -o k8s --image registry.example/lowbit:1 --max-replicas 8
   lowbit deploy systemd serve.yaml -o unit"""
-
-_NEEDED = ("aiohttp", "prometheus_client", "pydantic")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write all files, or none."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UnsupportedError(f"lowbit deploy needs {', '.join(missing)}", ["pip install 'lowbit[serve]'"])
+    require_serve_extra("deploy")
     from lowbit.gateway.config import load_config
     from lowbit.ops.deploy import plan_deployment
     from lowbit.ops.text_files import write_files

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 from typing import TYPE_CHECKING
 
+from lowbit.cli.extras import require_serve_extra
 from lowbit.cli.options import SOURCE_HELP, add_report_arguments, number, positive
 from lowbit.cli.output import write_json
 from lowbit.cli.progress import create_progress
-from lowbit.errors import UnsupportedError, UsageError
+from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
     from lowbit.ops.doctor import Report
@@ -39,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the results; the exit status is 0 where all is well and 1 with findings."""
-    missing = [name for name in ("aiohttp", "prometheus_client", "pydantic") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UnsupportedError(f"lowbit doctor needs {', '.join(missing)}", ["pip install 'lowbit[serve]'"])
+    require_serve_extra("doctor")
     report = _examine(arguments)
     if arguments.json:
         write_json({"target": report.target, "healthy": report.healthy, "results": report.results})

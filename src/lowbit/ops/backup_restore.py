@@ -84,9 +84,8 @@ def restore(
                 raise CheckpointError(f"{content / relative}: what was written reads back as something else: bad disk?")
         proofs = [f"{len(places)} files have the sha256 that the snapshot says, read back after writing"]
         names = [model] if model is not None else sorted(found.models)
-        for name in names if smoke is not None else ():
-            assert smoke is not None
-            proofs.append(f"{name}: {smoke(content if len(names) == 1 else content / name)}")
+        if smoke is not None:
+            proofs += [f"{name}: {smoke(content if len(names) == 1 else content / name)}" for name in names]
         _commit(content, out, replaced)
     progress.close()
     shutil.rmtree(replaced, ignore_errors=True)
