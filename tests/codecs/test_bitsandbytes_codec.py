@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 import lowbit
 from lowbit.codecs import BitsAndBytesCodec, open_model
+from lowbit.codecs.names import owner
 from lowbit.codecs.reading import module_plan, read_dense
 from lowbit.errors import CheckpointError, LowbitError, UnsupportedError
+from lowbit.evaluation.footprint import measure
 from lowbit.formats import ActivationSpec, CodebookSpec, FloatSpec, IntSpec, parse_scheme
 from lowbit.formats.codebook import CODEBOOKS, quantize
 from lowbit.formats.spec import PER_CHANNEL
@@ -104,6 +106,20 @@ def test_a_checkpoint_is_read_back(tiny_llama: Path, tmp_path: Path, scheme: str
             error = (read_dense(checkpoint, plan, f"{module}.weight") - original).norm() / original.norm()
             assert 0 < float(error) < (0.02 if scheme == "LLM_INT8" else 0.2)
     assert lowbit.verify(tmp_path / "q").ok
+
+
+def test_block_maxima_count_and_do_not_stay_behind(tiny_llama: Path, tmp_path: Path) -> None:
+    """Tensors with two-part local names (weight.absmax) belong to their module too."""
+    lowbit.quantize(tiny_llama, tmp_path / "q", scheme="NF4", certify_tokens=0)
+    with open_model(tmp_path / "q") as checkpoint:
+        plan = module_plan(checkpoint)
+        linear = measure(checkpoint.tensors, plan).linear
+        stored = sum(info.end - info.start for name, info in checkpoint.tensors.items() if owner(name, plan))
+    assert linear.bytes == stored
+    assert 4.5 < linear.bits_per_weight < 4.9
+    lowbit.quantize(tmp_path / "q", tmp_path / "again", scheme="int8-channel-sym", method="rtn", certify_tokens=0)
+    with open_model(tmp_path / "again") as checkpoint:
+        assert not [name for name in checkpoint.tensors if "absmax" in name or "quant_" in name]
 
 
 def test_what_is_refused() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lowbit.formats.spec import IntSpec
 
-__all__ = ["FUSED_SHARDS", "common_spec", "fused_names", "in_numbered_block", "patterns"]
+__all__ = ["FUSED_SHARDS", "common_spec", "fused_names", "in_numbered_block", "owner", "patterns"]
 
 FUSED_SHARDS: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -57,6 +57,16 @@ def fused_names(names: Collection[str], others: Collection[str]) -> set[str]:
             if last == shards[0] and all(f"{parent}.{shard}" in known for shard in shards):
                 found.add(f"{parent}.{merged}")
     return found
+
+
+def owner(tensor: str, modules: Collection[str]) -> str | None:
+    """The one of ``modules`` that the tensor ``tensor`` belongs to, however deep its local name is; None for none."""
+    module = tensor
+    while module:
+        module = module.rpartition(".")[0]
+        if module in modules:
+            return module
+    return None
 
 
 def in_numbered_block(name: str) -> bool:

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from lowbit.codecs.names import owner
+
 _KINDS: Mapping[str, str] = {
     "embedding": r"(^|\.)(embed_tokens|embed_in|wte|wpe|embed_positions|word_embeddings|tok_embeddings|embeddings?)\.",
     "head": r"(^|\.)(lm_head|embed_out|output_projection)\.",
@@ -91,10 +93,10 @@ def measure(tensors: Mapping[str, Stored], plan: Mapping[str, StoredWeight]) -> 
         for part in (kinds[kind_of(f"{module}.weight")], linear, total):
             _count(part, parameters, 0, storage)
     for name, info in tensors.items():
-        module, _, local = name.rpartition(".")
+        module = owner(name, plan)
         size = math.prod(info.shape)
         parts = [kinds[kind_of(name)], total]
-        if module in plan and local != "bias":
+        if module is not None and name != f"{module}.bias":
             for part in (*parts, linear):
                 part.bytes += size * info.dtype.itemsize
             continue

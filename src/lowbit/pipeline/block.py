@@ -11,6 +11,7 @@ from torch import nn
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.codecs import Codec, read_dense
+from lowbit.codecs.names import owner
 from lowbit.errors import NumericsError
 from lowbit.formats import PER_TENSOR, FloatSpec, FloatTensor, QuantizedTensor, Scheme, WeightSpec, WeightTensor
 from lowbit.pipeline.architectures import fused_groups
@@ -373,8 +374,7 @@ class BlockQuantizer:
             override = self._overrides.get(name)
             out[self.full_name(name)] = kept if override is None else override.to("cpu", kept.dtype).contiguous()
         for stored in self.model.block_tensor_names(self.index):
-            module, _, _ = stored.rpartition(".")
-            if stored not in handled and module not in self.model.plan:
+            if stored not in handled and owner(stored, self.model.plan) is None:
                 out[stored] = self.checkpoint.read(stored)
         return out
 
