@@ -188,8 +188,13 @@ def compare(models: list[Quantized], effort: Effort, progress: Progress) -> Comp
 
 def print_comparison(comparison: Comparison) -> None:
     """The table: the original first, then each quantized model."""
+    print_table(HEADER, [original_row(comparison), *(row(candidate) for candidate in comparison.candidates)])
+
+
+def original_row(comparison: Comparison) -> tuple[str, ...]:
+    """The line of the model that all others were made from."""
     first = comparison.candidates[0].evaluation
-    original = (
+    return (
         f"{comparison.reference} (original)",
         f"{comparison.reference_bits_per_weight:.2f}",
         human_bytes(comparison.reference_size_bytes),
@@ -199,7 +204,6 @@ def print_comparison(comparison: Comparison) -> None:
         "",
         "",
     )
-    print_table(HEADER, [original, *(row(candidate) for candidate in comparison.candidates)])
 
 
 def row(candidate: Candidate) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from lowbit.evaluation.frontier import frontier
 from lowbit.evaluation.results import Candidate, Comparison
 
 BASELINE = "rtn"
@@ -178,6 +179,10 @@ def _divergence_by_bits(comparison: Comparison, theme: Theme) -> Figure | None:
             bits, values, yerr=errors, color=color, marker="o", markersize=7, linewidth=2, capsize=3,
             label=method.upper(), markeredgecolor=theme.surface, markeredgewidth=1.2,
         )  # fmt: skip
+    best = frontier(comparison)
+    front = sorted((entry.evaluation.linear_bits_per_weight, value) for entry, value in measured if entry.name in best)
+    if len(front) > 1:
+        axes.plot(*zip(*front, strict=True), color=theme.muted, linewidth=7, alpha=0.25, zorder=0, label="Pareto front")
     axes.set_yscale("log")
     _log_axis(axes.yaxis, [value for _, value in measured])
     axes.margins(x=0.08, y=0.12)

@@ -20,9 +20,10 @@ from lowbit.calibration import CalibrationSet, ids_hash, load_calibration, load_
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.codecs import CODECS, Codec
 from lowbit.errors import UnsupportedError, UsageError
-from lowbit.formats import ActivationSpec, Scheme, WeightSpec
+from lowbit.formats import ActivationSpec, Scheme, WeightSpec, parse_scheme
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.block import ModuleReport
+from lowbit.pipeline.candidates import usual_choice
 from lowbit.pipeline.checks import Decisions, decide, scan_weights
 from lowbit.pipeline.recipe import ModulePlan, Recipe, Rule, resolve, suggestion
 from lowbit.pipeline.sampling import sample_from
@@ -75,12 +76,15 @@ class Settings:
         return cls(**values)
 
     def resolved_recipe(self) -> Recipe:
-        """The recipe file with the flags laid over it."""
+        """The recipe file with the flags laid over it; without one, the scheme's usual method and format."""
         recipe = self.recipe if isinstance(self.recipe, Recipe) else None
         if recipe is None:
             recipe = Recipe.from_yaml(self.recipe) if isinstance(self.recipe, str | Path) else Recipe()
         names = ("scheme", "method", "format", "bits", "group_size", "symmetric", "ordering", "transform")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.recipe is None and self.scheme is not None:
+            method, format = usual_choice(parse_scheme(self.scheme))
+            given = {"method": method, "format": format, **given}
         return dataclasses.replace(recipe, **given).with_rules([Rule(pattern, skip=True) for pattern in self.skip])
 
 

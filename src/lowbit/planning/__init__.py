@@ -2,7 +2,7 @@
 
 from lowbit.planning.cost import Prediction, Workload, predict
 from lowbit.planning.gpu import Gpu
-from lowbit.planning.hardware import Hardware, NumaNode, free_disk, measure_gemm, peak_memory, probe
+from lowbit.planning.hardware import Hardware, NumaNode, free_disk, measure_gemm, peak_memory, probe, reset_peak_memory
 from lowbit.planning.modules import PlannedModule
 from lowbit.planning.parallel import ParallelPlan, tensor_parallel
 from lowbit.planning.preflight import Report, Situation, planned, preflight, round_trip
@@ -28,6 +28,7 @@ __all__ = [
     "predict",
     "preflight",
     "probe",
+    "reset_peak_memory",
     "round_trip",
     "tensor_parallel",
 ]

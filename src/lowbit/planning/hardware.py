@@ -104,6 +104,15 @@ def peak_memory(root: Path = Path("/")) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def reset_peak_memory() -> bool:
+    """Let :func:`peak_memory` count from now on; False where the system cannot (it has no Linux ``/proc``)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def cpu_flags(cpuinfo: str) -> frozenset[str]:
     """Feature flags in the text of ``/proc/cpuinfo``, of x86 (``flags``) or Arm (``Features``)."""
     for line in cpuinfo.splitlines():
