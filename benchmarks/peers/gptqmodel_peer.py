@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--method", choices=["gptq", "awq"], required=True)
     parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
@@ -38,7 +39,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     imported = time.perf_counter()
-    settings = {"bits": 4, "group_size": options.group_size, "offload_to_disk": False}
+    settings = {"bits": options.bits, "group_size": options.group_size, "offload_to_disk": False}
     if options.method == "awq":
         settings |= {"quant_method": "awq", "format": "gemm"}
     else:

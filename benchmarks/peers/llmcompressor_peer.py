@@ -1,6 +1,6 @@
 """Quantize a checkpoint with llm-compressor; run by the interpreter of its own environment.
 
-    python benchmarks/peers/llmcompressor_peer.py MODEL OUT --method gptq|awq --tokens IDS.npy
+    python benchmarks/peers/llmcompressor_peer.py MODEL OUT --method gptq|awq|smoothquant --tokens IDS.npy
 
 `IDS.npy` is int64 [samples, seq_len]. The last line printed is a JSON object: seconds of each phase, versions.
 """
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--method", choices=["gptq", "awq", "rtn", "int8"], required=True)
+    parser.add_argument("--method", choices=["gptq", "awq", "smoothquant", "rtn"], required=True)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--threads", type=int)
@@ -71,12 +71,15 @@ def _recipe(method: str, scheme: str) -> Any:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     plan = {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": scheme}
     if method == "gptq":
         return GPTQModifier(dampening_frac=0.01, **plan)
     if method == "awq":
         return [AWQModifier(), QuantizationModifier(**plan)]
+    if method == "smoothquant":
+        return [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(dampening_frac=0.01, **plan)]
     return QuantizationModifier(**plan)
 
 
