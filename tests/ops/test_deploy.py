@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -225,6 +227,32 @@ def test_other_bad_input(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["deploy", "compose", str(config), "-o", str(tmp_path / "x")]) == 0
     assert main(["deploy", "compose", str(config), "-o", str(tmp_path / "x")]) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_the_health_check_asks_and_believes_the_answer(status: int) -> None:
+    from lowbit.ops.deploy_compose import PROBE
+
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        probe = PROBE.format(port=server.server_address[1], path="/ready")
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, timeout=30)
+        thread.join()
+    assert asked == ["/ready"]
+    assert (done.returncode == 0) is (status == 200)
+    assert PROBE.format(port=8000, path="/ready") in (ROOT / "Dockerfile").read_text()
 
 
 def instructions() -> list[tuple[str, str]]:

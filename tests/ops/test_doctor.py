@@ -219,6 +219,11 @@ lowbit_memory_budget_bytes 1000
 lowbit_quantization_kl{model="chat",tier="int4"} 0.02
 lowbit_quantization_error{model="chat",tier="int4"} 0.1
 lowbit_tier_bits{model="chat",tier="int4"} 4
+lowbit_tier_bits{model="chat",tier="bf16"} 16
+lowbit_inter_token_latency_seconds_sum{model="chat",tier="int4"} 1
+lowbit_inter_token_latency_seconds_count{model="chat",tier="int4"} 100
+lowbit_inter_token_latency_seconds_sum{model="chat",tier="bf16"} 3
+lowbit_inter_token_latency_seconds_count{model="chat",tier="bf16"} 100
 """
 
 
@@ -282,6 +287,7 @@ AILMENTS = {
     "engine queue": ('waiting{model="chat",tier="int4"} 0', 'waiting{model="chat",tier="int4"} 4'),
     "KV cache": ('ratio{model="chat",tier="int4"} 0.4', 'ratio{model="chat",tier="int4"} 0.99'),
     "memory": ('memory_bytes{model="chat",tier="int4"} 100', 'memory_bytes{model="chat",tier="int4"} 950'),
+    "speed": ('sum{model="chat",tier="int4"} 1', 'sum{model="chat",tier="int4"} 4'),
     "divergence": ('kl{model="chat",tier="int4"} 0.02', 'kl{model="chat",tier="int4"} 0.3'),
     "weight error": ('error{model="chat",tier="int4"} 0.1', 'error{model="chat",tier="int4"} 0.4'),
     "certificates": ('lowbit_quantization_kl{model="chat"', 'lowbit_quantization_kl{model="other"'),

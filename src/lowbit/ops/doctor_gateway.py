@@ -207,6 +207,21 @@ def _memory(samples: Samples) -> Iterator[tuple[str, str]]:
         yield "engines", f"they hold {used / budget:.0%} of the budget of {budget / 2**30:.2f} GiB: above {share:.0%}"
 
 
+def _slow_tiers(samples: Samples) -> Iterator[tuple[str, str]]:
+    """Quantized tiers that write slower than a 16-bit one of the same model, by their means since the start."""
+    counts = {_where(labels): value for labels, value in samples.get("lowbit_inter_token_latency_seconds_count", ())}
+    bits = {_where(labels): value for labels, value in samples.get("lowbit_tier_bits", ())}
+    means: dict[str, dict[str, float]] = {}
+    for labels, total in samples["lowbit_inter_token_latency_seconds_sum"]:
+        if count := counts.get(_where(labels)):
+            means.setdefault(labels.get("model", ""), {})[_where(labels)] = total / count
+    for tiers in means.values():
+        baseline = min((mean for tier, mean in tiers.items() if bits.get(tier, 0) >= 16), default=None)
+        for tier, mean in tiers.items():
+            if baseline and bits.get(tier, 16) < 16 and mean > THRESHOLDS["slower"].value * baseline:
+                yield tier, f"{1000 * mean:.3g} ms per token, its 16-bit tier {1000 * baseline:.3g} ms"
+
+
 def _uncertified(samples: Samples) -> Iterator[tuple[str, str]]:
     measured = {_where(labels) for labels, _ in samples.get("lowbit_quantization_kl", ())}
     for labels, bits in samples["lowbit_tier_bits"]:
@@ -238,6 +253,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("KV cache", "LowbitKvCacheFull", "lowbit_kv_cache_usage_ratio",
            _above("lowbit_kv_cache_usage_ratio", THRESHOLDS["kv_share"].value, "of the KV cache is in use")),
     Figure("memory", "LowbitMemoryNearLimit", "lowbit_engine_memory_bytes", _memory),
+    Figure("speed", "LowbitSlowerThanBaseline", "lowbit_inter_token_latency_seconds_sum", _slow_tiers),
     Figure("divergence", "LowbitCertificateFailing", "lowbit_quantization_kl",
            _above("lowbit_quantization_kl", THRESHOLDS["kl"].value, "nats per token")),
     Figure("weight error", "LowbitQuantizationErrorHigh", "lowbit_quantization_error",
