@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -182,6 +183,25 @@ def test_a_full_disk_at_every_sync(verb: str, model: Path, tmp_path: Path) -> No
         actions[verb]()
         assert contents(out) == contents(model) if verb == "restore" else whole(place), moment
     assert moment > 5
+
+
+@pytest.mark.parametrize("limit", [300, 990, 1400])
+def test_a_real_limit_on_file_size(limit: int, model: Path, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE cuts writes short in the kernel, as a full disk or a quota does."""
+
+    def restrict() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    root, out = tmp_path / "store", tmp_path / "out"
+    if limit < CHUNK:
+        assert in_child(partial(keep, model, root), restrict) == FAILED
+        assert not list(root.rglob("*.tmp"))
+        assert local_store(root).snapshot_ids() == []
+    keep(model, root)
+    assert in_child(partial(restore, local_store(root), out), restrict) == FAILED
+    assert not out.exists()
+    restore(local_store(root), out)
+    assert contents(out) == contents(model)
 
 
 def test_a_restore_that_cannot_fit_says_so_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
