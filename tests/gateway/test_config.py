@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lowbit.engines.memory import available_bytes, oom_kills
+from lowbit.engines.memory import available_bytes, oom_kills, total_bytes
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.gateway.config import config_for_model, kind_of, load_config, parse_config
 from lowbit.gateway.known_facts import known_facts, remember_facts
@@ -188,6 +188,7 @@ def test_memory_of_a_container(tmp_path: Path) -> None:
     (group / "memory.current").write_text("2500000\n")
     (group / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
     assert available_bytes(tmp_path) == 600000
+    assert total_bytes(tmp_path) == int((group / "memory.max").read_text())
     (group / "memory.max").write_text("max\n")
     assert available_bytes(tmp_path) > 600000
 

@@ -216,6 +216,8 @@ lowbit_engine_waiting{model="chat",tier="int4"} 0
 lowbit_kv_cache_usage_ratio{model="chat",tier="int4"} 0.4
 lowbit_engine_memory_bytes{model="chat",tier="int4"} 100
 lowbit_memory_budget_bytes 1000
+lowbit_memory_available_bytes 500
+lowbit_memory_total_bytes 1000
 lowbit_quantization_kl{model="chat",tier="int4"} 0.02
 lowbit_quantization_error{model="chat",tier="int4"} 0.1
 lowbit_tier_bits{model="chat",tier="int4"} 4
@@ -287,6 +289,7 @@ AILMENTS = {
     "engine queue": ('waiting{model="chat",tier="int4"} 0', 'waiting{model="chat",tier="int4"} 4'),
     "KV cache": ('ratio{model="chat",tier="int4"} 0.4', 'ratio{model="chat",tier="int4"} 0.99'),
     "memory": ('memory_bytes{model="chat",tier="int4"} 100', 'memory_bytes{model="chat",tier="int4"} 950'),
+    "machine memory": ("available_bytes 500", "available_bytes 50"),
     "speed": ('sum{model="chat",tier="int4"} 1', 'sum{model="chat",tier="int4"} 4'),
     "divergence": ('kl{model="chat",tier="int4"} 0.02', 'kl{model="chat",tier="int4"} 0.3'),
     "weight error": ('error{model="chat",tier="int4"} 0.1', 'error{model="chat",tier="int4"} 0.4'),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["available_bytes", "oom_kills"]
+__all__ = ["available_bytes", "oom_kills", "total_bytes"]
 
 _GROUP = Path("sys/fs/cgroup")
 _FILES = (
@@ -27,6 +27,12 @@ def available_bytes(root: Path = Path("/")) -> int:
             stat = dict(line.split(maxsplit=1) for line in _text(root / _GROUP / stat_file).splitlines() if " " in line)
             available = min(available, max(0, int(limit) - int(usage) + int(stat.get(cached, "0"))))
     return available
+
+
+def total_bytes(root: Path = Path("/")) -> int:
+    """Bytes of memory that this machine, or the container, has; ``root`` stands in for ``/`` in tests."""
+    limits = [_text(root / _GROUP / files[0]).strip() for files in _FILES]
+    return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def oom_kills(root: Path = Path("/")) -> int:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from lowbit.engines.memory import available_bytes, oom_kills
+from lowbit.engines.memory import available_bytes, oom_kills, total_bytes
 from lowbit.gateway.engine_metrics import EngineFigures
 from lowbit.gateway.gate import Gate
 from lowbit.gateway.protocol import PoolProtocol
@@ -84,9 +84,11 @@ class _State:
         yield from self._engines()
         available = GaugeMetricFamily("lowbit_memory_available_bytes", "Memory that can still be taken on this machine")
         available.add_metric((), available_bytes())
+        total = GaugeMetricFamily("lowbit_memory_total_bytes", "Memory of this machine or container")
+        total.add_metric((), total_bytes())
         kills = CounterMetricFamily("lowbit_oom_kills", "Processes that the kernel killed for want of memory")
         kills.add_metric((), oom_kills())
-        yield from (available, kills)
+        yield from (available, total, kills)
 
     def _tiers(self) -> Iterator[Metric]:
         snapshot = self.pool.snapshot()

@@ -39,8 +39,7 @@ ENGINES: tuple[Alert, ...] = (
     Alert(
         "LowbitMachineMemoryLow",
         "warning",
-        "lowbit_memory_available_bytes / (lowbit_memory_available_bytes + on (job, instance)"
-        " sum by (job, instance) (lowbit_engine_memory_bytes)) < 1 - $memory_share",
+        "lowbit_memory_available_bytes / lowbit_memory_total_bytes < 1 - $memory_share",
         "5m",
         "little memory is left on {{ $labels.instance }} beside its engines",
         "{{ $value | humanizePercentage }} left",
@@ -49,14 +48,14 @@ ENGINES: tuple[Alert, ...] = (
         ("end what else runs there, or lower `memory:` in serve.yaml", "a higher memory limit of the container"),
         Case(
             {
-                f'lowbit_engine_memory_bytes{{{HERE}, {TIER}, engine="llama.cpp"}}': "95x20",
+                f"lowbit_memory_total_bytes{{{HERE}}}": "100x20",
                 f"lowbit_memory_available_bytes{{{HERE}}}": "5x20",
             },
             10,
             AT,
             "5% left",
             {
-                f'lowbit_engine_memory_bytes{{{HERE}, {TIER}, engine="llama.cpp"}}': "50x20",
+                f"lowbit_memory_total_bytes{{{HERE}}}": "100x20",
                 f"lowbit_memory_available_bytes{{{HERE}}}": "50x20",
             },
         ),

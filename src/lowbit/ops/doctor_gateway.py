@@ -207,6 +207,13 @@ def _memory(samples: Samples) -> Iterator[tuple[str, str]]:
         yield "engines", f"they hold {used / budget:.0%} of the budget of {budget / 2**30:.2f} GiB: above {share:.0%}"
 
 
+def _machine(samples: Samples) -> Iterator[tuple[str, str]]:
+    left = sum(value for _, value in samples["lowbit_memory_available_bytes"])
+    total = sum(value for _, value in samples.get("lowbit_memory_total_bytes", ()))
+    if left < (1 - THRESHOLDS["memory_share"].value) * total:
+        yield "machine", f"{left / 2**30:.2f} of {total / 2**30:.2f} GiB are left"
+
+
 def _slow_tiers(samples: Samples) -> Iterator[tuple[str, str]]:
     """Quantized tiers that write slower than a 16-bit one of the same model, by their means since the start."""
     counts = {_where(labels): value for labels, value in samples.get("lowbit_inter_token_latency_seconds_count", ())}
@@ -253,6 +260,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("KV cache", "LowbitKvCacheFull", "lowbit_kv_cache_usage_ratio",
            _above("lowbit_kv_cache_usage_ratio", THRESHOLDS["kv_share"].value, "of the KV cache is in use")),
     Figure("memory", "LowbitMemoryNearLimit", "lowbit_engine_memory_bytes", _memory),
+    Figure("machine memory", "LowbitMachineMemoryLow", "lowbit_memory_available_bytes", _machine),
     Figure("speed", "LowbitSlowerThanBaseline", "lowbit_inter_token_latency_seconds_sum", _slow_tiers),
     Figure("divergence", "LowbitCertificateFailing", "lowbit_quantization_kl",
            _above("lowbit_quantization_kl", THRESHOLDS["kl"].value, "nats per token")),
