@@ -12,8 +12,6 @@ from functools import cache
 from string import Template
 from typing import Any, cast
 
-import yaml
-
 from lowbit.errors import UsageError
 from lowbit.gateway.config import LimitsConfig
 from lowbit.gateway.gate import Gate
@@ -22,6 +20,7 @@ from lowbit.gateway.policy import Snapshot
 from lowbit.gateway.protocol import EngineInfo, ModelInfo, PoolProtocol
 from lowbit.ops.alert_table import ALERTS, RECORDED, THRESHOLDS
 from lowbit.ops.alert_types import Alert, Case
+from lowbit.ops.text_files import as_yaml
 
 __all__ = ["checked", "declared_metrics", "rule_tests", "rules", "runbook", "thresholds"]
 
@@ -92,7 +91,7 @@ def rules(numbers: Mapping[str, float] | None = None, runbook_url: str = RUNBOOK
         rule["annotations"] = _annotations(alert, runbook_url)
         alerts.append(rule)
     groups = [{"name": "lowbit-recorded", "rules": recorded}, {"name": "lowbit", "rules": alerts}]
-    return "# Made by lowbit alerts.\n" + _yaml({"groups": groups})
+    return "# Made by lowbit alerts.\n" + as_yaml({"groups": groups})
 
 
 def rule_tests(rule_file: str = "rules.yaml", runbook_url: str = RUNBOOK) -> str:
@@ -106,7 +105,7 @@ def rule_tests(rule_file: str = "rules.yaml", runbook_url: str = RUNBOOK) -> str
         tests.append(_test(alert, case, case.series, [_expected(alert, runbook_url)]))
         if case.quiet:
             tests.append(_test(alert, case, case.quiet, []))
-    return "# Made by lowbit alerts.\n" + _yaml(
+    return "# Made by lowbit alerts.\n" + as_yaml(
         {"rule_files": [rule_file], "evaluation_interval": "1m", "tests": tests}
     )
 
@@ -169,7 +168,3 @@ def _word(match: re.Match[str]) -> str:
 def _command(text: str) -> str:
     """A line of the runbook: what is a command alone is set as code."""
     return f"`{text}`" if re.fullmatch(r"lowbit [a-z-]+( [A-Za-z0-9.\-…]+)*", text) else text
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000)

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lowbit import __version__
 from lowbit.checkpoint.location import is_hub_id
 from lowbit.engines.presets import ENGINES
 from lowbit.errors import LowbitError, UsageError
 from lowbit.gateway.config import ServeConfig, TierConfig
+from lowbit.ops.text_files import as_yaml
 from lowbit.planning.serving import shared_memory, shm_advice
 
 __all__ = ["CACHE", "CONFIG", "MODELS", "PORT", "USER", "Deployment", "plan_deployment"]
@@ -101,7 +100,7 @@ def plan_deployment(
     return Deployment(
         name=name,
         image=image or f"lowbit:{__version__}-{'cuda' if devices else 'cpu'}",
-        config=yaml.safe_dump(rewritten, sort_keys=False, allow_unicode=True),
+        config=as_yaml(rewritten),
         models=models,
         secrets=tuple(dict.fromkeys(secrets)),
         scrape_key=scrape_key if config.api_keys or not config.insecure else None,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from lowbit.ops.alerts import rules, runbook
 from lowbit.ops.dashboard import dashboard
 from lowbit.ops.deploy import CACHE, CONFIG, PORT, USER, Deployment
+from lowbit.ops.text_files import as_yaml
 
 __all__ = ["PROBE", "compose_files", "prometheus_config"]
 
@@ -33,12 +32,12 @@ def compose_files(deployment: Deployment) -> dict[str, str]:
         value["secrets"] = {"scrape-key": {"environment": deployment.scrape_key}}
     return {
         "compose.yaml": "# Made by lowbit deploy. Keys come from the environment or from .env, which stays out of "
-        f"version control: {', '.join(_variables(deployment))}.\n" + _yaml(value),
+        f"version control: {', '.join(_variables(deployment))}.\n" + as_yaml(value),
         "serve.yaml": deployment.config,
         "prometheus.yml": prometheus_config(deployment, "gateway"),
         "rules.yaml": rules(),
         "runbooks.md": runbook(),
-        "grafana/datasource.yaml": _yaml(
+        "grafana/datasource.yaml": as_yaml(
             {
                 "apiVersion": 1,
                 "datasources": [
@@ -46,7 +45,7 @@ def compose_files(deployment: Deployment) -> dict[str, str]:
                 ],
             }
         ),
-        "grafana/dashboards.yaml": _yaml(
+        "grafana/dashboards.yaml": as_yaml(
             {
                 "apiVersion": 1,
                 "providers": [{"name": "lowbit", "options": {"path": "/var/lib/grafana/dashboards"}}],
@@ -67,7 +66,7 @@ def prometheus_config(deployment: Deployment, host: str) -> str:
     job: dict[str, Any] = {"job_name": "lowbit", "static_configs": [{"targets": [f"{host}:{PORT}"]}]}
     if deployment.scrape_key is not None:
         job["authorization"] = {"credentials_file": "/run/secrets/scrape-key"}
-    return _yaml(
+    return as_yaml(
         {
             "global": {"scrape_interval": "15s", "evaluation_interval": "15s"},
             "rule_files": ["rules.yaml"],
@@ -154,7 +153,3 @@ def _grafana() -> dict[str, Any]:
         "depends_on": ["prometheus"],
         "restart": "unless-stopped",
     }
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000)

@@ -8,6 +8,7 @@ import yaml
 
 from lowbit.ops.alerts import rules
 from lowbit.ops.deploy import CACHE, CONFIG, MODELS, PORT, USER, Deployment
+from lowbit.ops.text_files import as_yaml
 
 __all__ = ["kubernetes_files"]
 
@@ -28,13 +29,13 @@ def kubernetes_files(deployment: Deployment, *, keda: bool = False) -> dict[str,
         wanted = ", ".join(inside.removeprefix(f"{MODELS}/") for inside in deployment.models)
         notes += f"# The claim {name}-models must hold: {wanted} (lowbit restore DEST OUT fills it from a backup).\n"
     files = {
-        "configmap.yaml": _yaml(
+        "configmap.yaml": as_yaml(
             _object("v1", "ConfigMap", f"{name}-config", name, data={"serve.yaml": deployment.config})
         ),
         "volumes.yaml": _claim(deployment, f"{name}-models", "ReadOnlyMany", _models_size(deployment)),
-        "deployment.yaml": notes + _yaml(_deployment(deployment)),
-        "service.yaml": _yaml(_service(deployment)),
-        "disruption.yaml": _yaml(
+        "deployment.yaml": notes + as_yaml(_deployment(deployment)),
+        "service.yaml": as_yaml(_service(deployment)),
+        "disruption.yaml": as_yaml(
             _object(
                 "policy/v1", "PodDisruptionBudget", name, name, spec={"maxUnavailable": 1, "selector": _selector(name)}
             )
@@ -42,10 +43,10 @@ def kubernetes_files(deployment: Deployment, *, keda: bool = False) -> dict[str,
         "monitoring.yaml": _documents(_service_monitor(deployment), _prometheus_rule(deployment)),
     }
     if keda:
-        files["scaling.yaml"] = _yaml(_scaled_object(deployment))
+        files["scaling.yaml"] = as_yaml(_scaled_object(deployment))
     else:
-        files["scaling.yaml"] = _yaml(_autoscaler(deployment))
-        files["prometheus-adapter.yaml"] = "# Values of the chart prometheus-adapter.\n" + _yaml(_adapter())
+        files["scaling.yaml"] = as_yaml(_autoscaler(deployment))
+        files["prometheus-adapter.yaml"] = "# Values of the chart prometheus-adapter.\n" + as_yaml(_adapter())
     return files
 
 
@@ -150,7 +151,7 @@ def _service(deployment: Deployment) -> dict[str, Any]:
 
 def _claim(deployment: Deployment, title: str, mode: str, size: int) -> str:
     spec = {"accessModes": [mode], "resources": {"requests": {"storage": _mib(size)}}}
-    return _yaml(_object("v1", "PersistentVolumeClaim", title, deployment.name, spec=spec))
+    return as_yaml(_object("v1", "PersistentVolumeClaim", title, deployment.name, spec=spec))
 
 
 def _models_size(deployment: Deployment) -> int:
@@ -236,8 +237,4 @@ def _mib(size: int) -> str:
 
 
 def _documents(*values: Any) -> str:
-    return "---\n".join(map(_yaml, values))
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000)
+    return "---\n".join(map(as_yaml, values))

@@ -9,6 +9,7 @@ import yaml
 from lowbit.errors import UsageError
 from lowbit.gateway.config import ServeConfig
 from lowbit.ops.deploy import CACHE, Deployment
+from lowbit.ops.text_files import as_yaml
 
 __all__ = ["systemd_files"]
 
@@ -87,4 +88,4 @@ def _with_absolute_paths(config: ServeConfig, deployment: Deployment) -> str:
         for tier, written in zip(model.tiers, content["models"][name]["tiers"], strict=True):
             if tier.path is not None and tier.path != "demo" and Path(tier.path).expanduser().exists():
                 written["path"] = str(Path(tier.path).expanduser().resolve())
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return as_yaml(content)

@@ -1,14 +1,17 @@
-"""Writing several text files into a directory, all or none."""
+"""YAML as people read it, and several text files written into a directory, all or none."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lowbit.checkpoint.files import TEMPORARY, disk_errors, sync_directory
 from lowbit.errors import UsageError
 
-__all__ = ["write_files"]
+__all__ = ["as_yaml", "write_files"]
 
 
 def write_files(directory: Path, files: Mapping[str, str], *, overwrite: bool = False) -> list[Path]:
@@ -43,3 +46,8 @@ def write_files(directory: Path, files: Mapping[str, str], *, overwrite: bool = 
                     path.rmdir()
             raise
     return targets
+
+
+def as_yaml(value: Any) -> str:
+    """``value`` as YAML, keys in the order given, no line broken."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000)
