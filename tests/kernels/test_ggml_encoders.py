@@ -12,8 +12,8 @@ import torch
 from lowbit.errors import NumericsError, UsageError
 from lowbit.formats.ggml import GGML_TYPES, BlockTensor, GgmlType, decode
 from lowbit.formats.ggml.codebooks import fp4_values, iq4_values
-from lowbit.kernels.ggml import prepare_importance, quantize_rows
-from lowbit.kernels.ggml.encoders import ENCODERS
+from lowbit.kernels.ggml import prepare_importance, quantize_rows, round_to_half
+from lowbit.kernels.ggml.encoders import ENCODERS, direct_encoder
 
 ELSEWHERE = {"F32", "F16", "BF16", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"}
 """Rounded without a scale, or with tests of their own."""
@@ -325,14 +325,67 @@ def test_memory_that_is_read_only_strided_or_not_aligned() -> None:
     np.testing.assert_array_equal(quantize_rows(weight.T.copy().T, kind, importance), expected)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", GGML_TYPES)
 def test_empty_matrices(name: str) -> None:
     kind = GGML_TYPES[name]
     assert quantize_rows(np.zeros((0, 256), dtype=np.float32), kind).shape == (0, kind.row_bytes(256))
 
 
 def test_every_type_has_its_encoder() -> None:
-    assert set(ENCODERS) == set(GGML_TYPES)
+    for importance in (None, np.ones(256, np.float32)):
+        for name in GGML_TYPES:
+            assert name in ENCODERS or direct_encoder(name, importance) is not None
+
+
+@pytest.mark.parametrize("kind", GGML_TYPES.values(), ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
+def test_bfloat16_is_encoded_as_its_values(kind: GgmlType, weighted: bool) -> None:
+    weight, importance = matrix(5)
+    halves = (weight.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    values = (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    share = importance if weighted else None
+    np.testing.assert_array_equal(quantize_rows(halves, kind, share), quantize_rows(values, kind, share))
+    halves[3, 77] = 0xFF80
+    with pytest.raises(NumericsError, match="row 3 holds weights that are not finite"):
+        quantize_rows(halves, kind, share)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind.block_size == 32], ids=str)
+def test_importance_of_ones_is_no_worse_than_none(kind: GgmlType) -> None:
+    weight, importance = matrix(20)
+    ones = objective(weight, encoded(weight, kind, np.ones_like(importance))).sum()
+    assert ones <= objective(weight, encoded(weight, kind)).sum() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_to_half(dtype: torch.dtype) -> None:
+    weight = torch.from_numpy(matrix(7, 333)[0]).to(dtype)
+    weight[2, :5] = torch.tensor([1e-30, -2e-8, 0.0, -0.0, 65504.0])
+    raw = weight.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else weight.numpy()
+    if dtype == torch.bfloat16:
+        raw[2, 4] = 0x477F
+    halves, error, energy = round_to_half(raw)
+    exact = torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16) if dtype == torch.bfloat16 else weight
+    stored = exact.to(torch.float16)
+    np.testing.assert_array_equal(halves, stored.view(torch.int16).numpy().view(np.uint16))
+    assert error == pytest.approx(float((stored.double() - exact.double()).square().sum()), rel=1e-12)
+    assert energy == pytest.approx(float(exact.double().square().sum()), rel=1e-12)
+
+
+def test_rounding_to_half_notices_what_vanishes() -> None:
+    """1e-30 becomes 0: that is a change, however small."""
+    _, error, _ = round_to_half(np.full((1, 8), 1e-30, np.float32))
+    assert error > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"), [(np.nan, "not finite"), (-np.inf, "not finite"), (65520.0, "too large")]
+)
+def test_what_float16_cannot_hold(value: float, problem: str) -> None:
+    weight, _ = matrix(3)
+    weight[1, 4] = value
+    with pytest.raises(NumericsError, match=problem):
+        round_to_half(weight)
 
 
 def test_shapes_that_do_not_fit() -> None:

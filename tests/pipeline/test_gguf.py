@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from lowbit.codecs.gguf.container import open_gguf
 from lowbit.codecs.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from lowbit.engines.llama_cpp import LlamaCpp
 from lowbit.errors import CheckpointError, NumericsError, ResourceError, UnsupportedError, UsageError
-from lowbit.pipeline import gguf_stream
+from lowbit.pipeline import gguf_output, gguf_stream
 from lowbit.pipeline.gguf import quantize_gguf
 from lowbit.pipeline.gguf_convert import convert
 from lowbit.pipeline.gguf_stream import read_ahead
@@ -345,6 +348,32 @@ def test_reading_ahead_hands_errors_on_and_stops_with_its_reader() -> None:
     assert next(reader) == 0
     reader.close()  # type: ignore[attr-defined]
     assert len(produced) < 10
+
+
+def test_the_source_is_hashed_meanwhile(wide_llama: Path, tmp_path: Path) -> None:
+    made = quantize_gguf(wide_llama, tmp_path / "out.gguf", scheme="Q8_0").out
+    manifest = json.loads(made.with_name("out.lowbit.json").read_text())
+    expected = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (wide_llama / "config.json", *wide_llama.glob("*.safetensors"))
+    }
+    assert manifest["source"]["sha256"] == expected
+
+
+def test_hashing_stops_with_the_run_that_wanted_it(wide_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal does not wait for the hashes of a large source."""
+    hashed = threading.Event()
+
+    def endless(path: Path, progress: Callable[[int], None]) -> None:
+        while True:
+            hashed.set()
+            progress(1)
+
+    monkeypatch.setattr(gguf_output, "hash_file", endless)
+    with open_model(wide_llama) as checkpoint, gguf_output.SourceHashes(checkpoint) as hashes:
+        assert hashed.wait(60)
+    with pytest.raises(CancelledError):
+        hashes.result()
 
 
 def test_encoders_have_no_importance(tmp_path: Path, calibration_file: Path) -> None:

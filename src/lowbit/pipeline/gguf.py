@@ -30,7 +30,7 @@ from lowbit.codecs.gguf.mixes import (
 )
 from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.formats.ggml import GgmlType
-from lowbit.pipeline.gguf_output import Output, check_name, is_gguf_name, named
+from lowbit.pipeline.gguf_output import Output, SourceHashes, check_name, is_gguf_name, named
 from lowbit.pipeline.gguf_stream import Task
 from lowbit.pipeline.imatrix import collect, is_encoder, refuse_encoder, unseen_experts
 from lowbit.pipeline.job import DEMO, calibration_data, compute_device
@@ -142,6 +142,7 @@ def quantize_gguf(
             allow_pickle=chosen.allow_pickle,
             trust_remote_code=chosen.trust_remote_code,
         ) as checkpoint,
+        SourceHashes(checkpoint) as hashes,
         torch.no_grad(),
     ):
         job = _plan(source, checkpoint, out, mix, chosen, overwrite)
@@ -151,7 +152,7 @@ def quantize_gguf(
             _calibrate(job, progress)
         for note in job.notes:
             progress.message(note)
-        written = job.output.write(vocabulary, progress, f"GGUF {mix.name}")
+        written = job.output.write(vocabulary, progress, f"GGUF {mix.name}", hashes)
         method = "weighted search" if job.matrix is not None else "search"
         reports = job.output.reports(written, method)
         job.output.write_manifest(written, source, job.recipe(), job.calibration_record(), reports)

@@ -22,7 +22,7 @@ from lowbit.errors import UnsupportedError, UsageError
 from lowbit.formats.ggml import GGML_TYPES, GgmlType
 from lowbit.formats.ggml.grids import BLOCK, Rounding, grid_type
 from lowbit.formats.spec import IntSpec
-from lowbit.pipeline.gguf_output import Output, WrittenModel, check_name, is_gguf_name, named
+from lowbit.pipeline.gguf_output import Output, SourceHashes, WrittenModel, check_name, is_gguf_name, named
 from lowbit.pipeline.gguf_stream import Task
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.streamed import model_dtype
@@ -112,6 +112,7 @@ def convert_to_gguf(
         open_model(
             source, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
         ) as checkpoint,
+        SourceHashes(checkpoint) as hashes,
         torch.no_grad(),
     ):
         plan = module_plan(checkpoint)
@@ -123,7 +124,7 @@ def convert_to_gguf(
         output = Output(out, checkpoint, plan, export, tasks, _file_type(tasks, base.file_type), split_bytes, overwrite)
         output.check()
         vocabulary = output.vocabulary()
-        written = output.write(vocabulary, progress, "converting to GGUF")
+        written = output.write(vocabulary, progress, "converting to GGUF", hashes)
         outcome = _outcome(written, tasks)
         recipe = _recipe(checkpoint, plan, outcome, base.name)
         origin = read_manifest(checkpoint.path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from lowbit.pipeline.gguf_stream import Tally, Task, encoded
 from lowbit.pipeline.progress import Progress
 from lowbit.planning import free_disk
 
-__all__ = ["Output", "WrittenModel", "check_name", "hash_source", "is_gguf_name", "named"]
+__all__ = ["Output", "SourceHashes", "WrittenModel", "check_name", "is_gguf_name", "named"]
 
 _FLOATS = frozenset(("F32", "F16", "BF16"))
 
@@ -54,11 +56,39 @@ def named(export: ExportPlan, source: str | Path) -> ExportPlan:
     return replace(export, metadata={**export.metadata, "general.name": str(source).rpartition("/")[2]})
 
 
-def hash_source(checkpoint: Checkpoint) -> dict[str, str]:
-    """sha256 of the files of a source by name, its ``config.json`` among them."""
-    config = checkpoint.path / "config.json"
-    paths = [*([config] if config.is_file() else []), *checkpoint.files]
-    return {path.name: hash_file(path).sha256 for path in paths}
+class SourceHashes:
+    """The sha256 of the files of a source by name, its ``config.json`` among them, computed by a thread of its own.
+
+    It begins with ``with``, so that the disk and a second core work while the first still imports, plans and tries the
+    vocabulary, and the encoder then finds the files in memory; leaving early stops it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config = checkpoint.path / "config.json"
+        self._paths = [*([config] if config.is_file() else []), *checkpoint.files]
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(1, "lowbit-source-sha256")
+
+    def __enter__(self) -> SourceHashes:
+        self._hashes = self._pool.submit(self._compute)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._pool.shutdown()
+
+    def result(self) -> dict[str, str]:
+        """The hashes; waits for them. Raises :class:`CheckpointError` for a file that cannot be read."""
+        return self._hashes.result()
+
+    def _compute(self) -> dict[str, str]:
+        return {path.name: hash_file(path, self._go_on).sha256 for path in self._paths}
+
+    def _go_on(self, count: int) -> None:
+        if self._stopped.is_set():
+            raise CancelledError
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +151,8 @@ class Output:
         rows = next(task.tensor.shape[0] for task in self.tasks if task.tensor.name == "token_embd.weight")
         return read_vocabulary(self.checkpoint.path, rows, self.checkpoint.config)
 
-    def write(self, vocabulary: Vocabulary, progress: Progress, title: str) -> WrittenModel:
-        """Write the file, and hash the source meanwhile."""
+    def write(self, vocabulary: Vocabulary, progress: Progress, title: str, hashes: SourceHashes) -> WrittenModel:
+        """Write the file."""
         general: dict[str, MetadataValue] = {"general.file_type": self.file_type, "general.quantization_version": 2}
         metadata = {**self.export.metadata, **general, **vocabulary.metadata, **self.extra}
         tallies: dict[str, Tally] = {}
@@ -136,16 +166,13 @@ class Output:
                     tallies[task.tensor.name] = tally
                 yield piece
 
-        with ThreadPoolExecutor(1, "lowbit-sha256") as background:
-            hashing = background.submit(hash_source, self.checkpoint)
-            files = write_gguf(
-                self.path, metadata, self.headers(), pieces(), split_bytes=self.split_bytes, overwrite=self.overwrite
-            )
-            hashes = hashing.result()
+        files = write_gguf(
+            self.path, metadata, self.headers(), pieces(), split_bytes=self.split_bytes, overwrite=self.overwrite
+        )
         for name in list(tallies)[-1:]:
             progress.advance(name)
         progress.close()
-        return WrittenModel(files, hashes, tallies)
+        return WrittenModel(files, hashes.result(), tallies)
 
     def reports(self, written: WrittenModel, method: str) -> tuple[ModuleReport, ...]:
         """One report for each quantized matrix, by the name of its module in the source."""

@@ -25,7 +25,7 @@ from lowbit.formats import QuantizedTensor
 from lowbit.formats.ggml import BlockTensor, GgmlType
 from lowbit.formats.ggml.grids import Rounding, from_integer
 from lowbit.formats.spec import PER_TENSOR
-from lowbit.kernels.ggml import quantize_rows
+from lowbit.kernels.ggml import quantize_rows, round_to_half
 
 __all__ = ["Tally", "Task", "encoded", "read_ahead"]
 
@@ -221,10 +221,9 @@ def _blocks(part: _Slice, tally: Tally) -> npt.NDArray[np.uint8]:
     values = rows if isinstance(rows, torch.Tensor) else rows.dequantize()
     if kind.name in _FLOATS:
         return _as_floats(values, kind, tally)
-    single = values.float().numpy()
     importance = None if part.task.importance is None else part.task.importance[part.matrix]
-    blocks = quantize_rows(single, kind, importance)
-    sample = slice(None, None, max(1, len(single) // _SAMPLED_ROWS))
+    blocks = quantize_rows(_array(values), kind, importance)
+    sample = slice(None, None, max(1, len(values) // _SAMPLED_ROWS))
     decoded = BlockTensor(kind, torch.from_numpy(blocks[sample].copy())).dequantize().double()
     wanted = values[sample].double()
     tally.error += float((decoded - wanted).square().sum())
@@ -232,14 +231,29 @@ def _blocks(part: _Slice, tally: Tally) -> npt.NDArray[np.uint8]:
     return blocks
 
 
+def _array(values: torch.Tensor) -> npt.NDArray[np.float32] | npt.NDArray[np.uint16]:
+    """``values`` as float32, or the bits of bfloat16 as they are."""
+    if values.dtype == torch.bfloat16:
+        return values.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return values.float().numpy()
+
+
 def _as_floats(values: torch.Tensor, kind: GgmlType, tally: Tally) -> npt.NDArray[np.uint8]:
+    stored_as = _FLOATS[kind.name]
+    if stored_as == values.dtype:
+        _require_finite(values)
+        return values.contiguous().view(torch.uint8).numpy()
+    if kind.name == "F16" and values.dtype in (torch.bfloat16, torch.float32):
+        halves, error, energy = round_to_half(_array(values))
+        tally.error += error
+        tally.energy += energy
+        return halves.view(np.uint8)
     _require_finite(values)
-    stored = values.to(_FLOATS[kind.name]).contiguous()
-    if stored.dtype != values.dtype:
-        _require_finite(stored, f"is too large for {kind}: use BF16 or F32")
-        if kind.name != "F32":
-            tally.error += float((stored.float() - values.float()).square().sum(dtype=torch.float64))
-            tally.energy += float(values.float().square().sum(dtype=torch.float64))
+    stored = values.to(stored_as).contiguous()
+    _require_finite(stored, f"is too large for {kind}: use BF16 or F32")
+    if kind.name != "F32":
+        tally.error += float((stored.float() - values.float()).square().sum(dtype=torch.float64))
+        tally.energy += float(values.float().square().sum(dtype=torch.float64))
     return stored.view(torch.uint8).numpy()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lowbit.codecs.gguf.explicit_config import explicit_config
 from lowbit.codecs.gguf.families import FAMILIES, Family
 from lowbit.codecs.gguf.metadata import MetadataValue, Value
 from lowbit.codecs.gguf.orders import Heads
@@ -24,11 +25,13 @@ _LARGEST = {"gemma2": 46, "gemma3_text": 62}
 
 
 def full_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The text model's config with every default filled in by transformers.
+    """The text model's config with every default that matters filled in, by transformers unless there is none.
 
     Raises :class:`UnsupportedError` for an architecture that transformers or GGUF does not know,
     :class:`CheckpointError` naming ``where`` for a contradictory config.
     """
+    if (explicit := explicit_config(config)) is not None:
+        return explicit
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 

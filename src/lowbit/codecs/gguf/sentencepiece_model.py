@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from lowbit.errors import CheckpointError
@@ -46,6 +47,7 @@ def read_piece_model(path: Path) -> PieceModel:
         raise CheckpointError(f"{path}: not a SentencePiece model ({error}); download it again") from error
 
 
+@lru_cache(maxsize=1)  # one vocabulary is asked for its pieces, then for its scores
 def _parse(data: bytes) -> PieceModel:
     pieces: list[tuple[str, float, int]] = []
     model_type, dummy_prefix, characters = 1, True, b""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowbit.formats.ggml.codebooks import fp4_values
-from lowbit.formats.ggml.decode_legacy import e4m3_halves, e8m0_halves
+from lowbit.formats.ggml.decode_legacy import e4m3_halves
 from lowbit.kernels.ggml import packing
 from lowbit.kernels.ggml.blocks import in_blocks, level_table
 from lowbit.kernels.ggml.direct import to_bfloat16, to_float16
@@ -36,12 +36,6 @@ def bf16(weight: Floats, importance: Floats | None) -> Bytes:
     rounded = np.empty(weight.shape, dtype=np.uint16)
     to_bfloat16(weight.reshape(-1).view(np.uint32), rounded.reshape(-1))
     return rounded.view(np.uint8)
-
-
-def mxfp4(weight: Floats, importance: Floats | None) -> Bytes:
-    """Power-of-two scale E8M0, codes E2M1."""
-    codes, chosen = _four_bit_floats(weight, importance, (32, 32), e8m0_halves()[:255], (1, 0))
-    return packing.as_rows(weight, chosen, packing.join_nibbles(codes, 16))
 
 
 def nvfp4(weight: Floats, importance: Floats | None) -> Bytes:

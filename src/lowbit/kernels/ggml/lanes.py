@@ -126,6 +126,17 @@ def round_to_half(state: Any, at: int) -> None:
 
 
 @compiled  # type: ignore[untyped-decorator]
+def round_values(values: Any) -> None:
+    """Round float32 ``values`` to what float16 holds; too much becomes 70000."""
+    for i in range(values.shape[0]):
+        value = min(max(values[i], -_HALF_LIMIT), _HALF_LIMIT)
+        split = value * _SPLIT
+        normal = split - (split - value)
+        small = (value + _ROUNDER) - _ROUNDER
+        values[i] = small if abs(value) < _SUBNORMAL else normal
+
+
+@compiled  # type: ignore[untyped-decorator]
 def error(x: Any, w: Any, state: Any, size: int, low: Any, high: Any) -> None:
     """``ERROR`` of each lane on a grid of integers from ``low`` to ``high``."""
     invert(state)
@@ -187,6 +198,25 @@ def measure(x: Any, w: Any, state: Any, size: int, low: Any, high: Any) -> None:
             state[WE + lane] += weight * miss
             state[WQQ + lane] += weighted * code
             state[WQ + lane] += weighted
+
+
+@compiled  # type: ignore[untyped-decorator]
+def measure_step(x: Any, w: Any, state: Any, size: int, low: Any, high: Any) -> None:
+    """``ERROR``, ``WEQ``, ``WQQ`` of each lane on a grid of integers from ``low`` to ``high``, without an offset."""
+    invert(state)
+    for lane in range(LANES):
+        state[ERROR + lane] = _ZERO
+        state[WEQ + lane] = _ZERO
+        state[WQQ + lane] = _ZERO
+    for j in range(size):
+        for lane in range(LANES):
+            value = x[j * LANES + lane]
+            code = min(max(np.rint(value * state[INVERSE + lane]), low), high)
+            miss = value - state[S + lane] * code
+            weighted = w[j * LANES + lane] * code
+            state[ERROR + lane] += w[j * LANES + lane] * miss * miss
+            state[WEQ + lane] += weighted * miss
+            state[WQQ + lane] += weighted * code
 
 
 @compiled  # type: ignore[untyped-decorator]

@@ -40,9 +40,6 @@ _WIDER = 6
 _TRIALS = 8
 _LEAST_SHARE, _MOST_SHARE = 0.8, 1.1
 """Block scales tried: the largest scale number then stands for these shares of the largest sub-block scale."""
-_UNSHRINK = 0.7
-"""The scale of least squares makes a block smaller than the weights by the share of their energy that is lost, all in
-one direction, which layers pass on where errors of either sign would cancel. This share of it is undone."""
 _MOST_LOST = 0.3
 _TOO_LARGE = 1e30
 _FLAT = 1.5
@@ -62,6 +59,9 @@ class Layout:
     ``guess``    scale of a sub-block over its root mean square, where the search begins
     ``ratio``    from one scale tried to the next
     ``exact``    whether the final codes are the best of the whole codebook, not of the nearest points
+    ``unshrink`` the scale of least squares makes a block smaller than the weights by the share of their energy that is
+                 lost, all in one direction, which layers pass on where errors of either sign would cancel: this share
+                 of it is undone
     """
 
     sub: int
@@ -73,6 +73,7 @@ class Layout:
     shifts: int = 1
     shared: bool = False
     exact: bool = True
+    unshrink: float = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def search(
         weight,
         np.ones(columns, np.float32) if importance is None else importance,
         (thresholds, table.halves, table.points, table.order, table.start, table.neighbours),
-        (layout.unit, layout.guess, layout.ratio),
+        (layout.unit, layout.guess, layout.ratio, layout.unshrink),
         (table.width, layout.sub, layout.steps, signed, even, layout.shifts, layout.shared, layout.exact),
         known,
         scratch,
@@ -280,7 +281,7 @@ def _encode(
             kept[0][u], kept[1][u], kept[2][u] = point[shifted[u], u], shifted[u], flipped[u]
         kept[3][:] = number
         lost = min(max(np.float32(1.0) - best / whole, np.float32(0.0)), np.float32(_MOST_LOST))
-        best_scale *= np.float32(1.0) + np.float32(_UNSHRINK) * lost / (np.float32(1.0) - lost)
+        best_scale *= np.float32(1.0) + np.float32(constants[3]) * lost / (np.float32(1.0) - lost)
     return _half(best_scale / unit)
 
 

@@ -47,6 +47,7 @@ from lowbit.kernels.ggml.lanes import (
     keep_best,
     load,
     measure,
+    measure_step,
     round_to_half,
     store_codes,
     store_table_codes,
@@ -75,10 +76,21 @@ def _error(x: Any, w: Any, state: Any, size: int, low: Any, high: Any, table: An
 
 
 @compiled  # type: ignore[untyped-decorator]
+def _measure_step(x: Any, w: Any, state: Any, size: int, low: Any, high: Any, table: Any) -> None:
+    if table.shape[0]:
+        table_measure(x, w, state, size, table)
+    else:
+        measure_step(x, w, state, size, low, high)
+
+
+@compiled  # type: ignore[untyped-decorator]
 def _sweep_steps(
     x: Any, w: Any, state: Any, size: int, low: Any, high: Any, table: Any, places: Any, half: bool, rounds: int
 ) -> None:
-    """Best step of each lane: the weight of greatest magnitude at each of ``places``, then ``rounds`` refits."""
+    """Best step of each lane: the weight of greatest magnitude at each of ``places``, then ``rounds`` refits.
+
+    A place counts by the least error that its codes can have, which their sums tell without another pass.
+    """
     for lane in range(LANES):
         state[BEST + lane] = _HUGE
         state[BEST_S + lane] = _ZERO
@@ -86,58 +98,74 @@ def _sweep_steps(
     for place in places:
         for lane in range(LANES):
             state[S + lane] = state[EXTREME + lane] / place
-        if half:
-            round_to_half(state, S)
-        _measure(x, w, state, size, low, high, table)
-        keep_best(state)
-        fit_step(state)
-        if half:
-            round_to_half(state, S)
-        _error(x, w, state, size, low, high, table)
-        keep_best(state)
-    for _ in range(rounds):
+        _measure_step(x, w, state, size, low, high, table)
         for lane in range(LANES):
-            state[S + lane] = state[BEST_S + lane]
-        _measure(x, w, state, size, low, high, table)
-        fit_step(state)
+            squares = state[WQQ + lane]
+            change = state[WEQ + lane] / squares if squares > _ZERO else _ZERO
+            least = state[ERROR + lane] - change * state[WEQ + lane]
+            better = least < state[BEST + lane]
+            state[BEST + lane] = least if better else state[BEST + lane]
+            state[BEST_S + lane] = state[S + lane] + change if better else state[BEST_S + lane]
+    for lane in range(LANES):
+        state[BEST + lane] = _HUGE
+        state[S + lane] = state[BEST_S + lane]
+    for _ in range(rounds):
         if half:
             round_to_half(state, S)
-        _error(x, w, state, size, low, high, table)
+        _measure_step(x, w, state, size, low, high, table)
         keep_best(state)
+        fit_step(state)
+    if half:
+        round_to_half(state, S)
+    _error(x, w, state, size, low, high, table)
+    keep_best(state)
 
 
 @compiled  # type: ignore[untyped-decorator]
 def _sweep_ranges(
     x: Any, w: Any, state: Any, size: int, high: Any, spans: Any, least_offset: Any, half: bool, rounds: int
 ) -> None:
-    """Best step and offset of each lane: its range laid over each of ``spans`` (steps, share cut off below)."""
+    """Best step and offset of each lane: its range laid over each of ``spans`` (steps, share cut off below).
+
+    A span counts by the least error that its codes can have, which their sums tell without another pass.
+    """
     for lane in range(LANES):
         state[BEST + lane] = _HUGE
         state[BEST_S + lane] = _ZERO
         state[BEST_M + lane] = _ZERO
-    for candidate in range(spans.shape[0] + rounds):
-        if candidate < spans.shape[0]:
-            steps, share = spans[candidate, 0], spans[candidate, 1]
-            for lane in range(LANES):
-                least = min(state[LEAST + lane], -least_offset)
-                step = (state[MOST + lane] - least) / steps
-                state[S + lane] = step
-                state[M + lane] = max(-least - (steps - high) * share * step, least_offset)
-        else:
-            for lane in range(LANES):
-                state[S + lane] = state[BEST_S + lane]
-                state[M + lane] = state[BEST_M + lane]
+    for candidate in range(spans.shape[0]):
+        steps, share = spans[candidate, 0], spans[candidate, 1]
+        for lane in range(LANES):
+            least = min(state[LEAST + lane], -least_offset)
+            step = (state[MOST + lane] - least) / steps
+            state[S + lane] = step
+            state[M + lane] = max(-least - (steps - high) * share * step, least_offset)
+            state[STEP_S + lane] = state[S + lane]
+            state[STEP_M + lane] = state[M + lane]
+        measure(x, w, state, size, _ZERO, high)
+        fit_step_and_offset(state, least_offset)
+        for lane in range(LANES):
+            change, shift = state[S + lane] - state[STEP_S + lane], state[M + lane] - state[STEP_M + lane]
+            crossed = shift * state[WE + lane] - change * state[WEQ + lane] - shift * change * state[WQ + lane]
+            squares = shift * shift * state[W + lane] + change * change * state[WQQ + lane]
+            state[ERROR + lane] += squares + crossed + crossed
+        keep_best(state)
+    for lane in range(LANES):
+        state[BEST + lane] = _HUGE
+        state[S + lane] = state[BEST_S + lane]
+        state[M + lane] = state[BEST_M + lane]
+    for _ in range(rounds):
         if half:
             round_to_half(state, S)
             round_to_half(state, M)
         measure(x, w, state, size, _ZERO, high)
         keep_best(state)
         fit_step_and_offset(state, least_offset)
-        if half:
-            round_to_half(state, S)
-            round_to_half(state, M)
-        error(x, w, state, size, _ZERO, high)
-        keep_best(state)
+    if half:
+        round_to_half(state, S)
+        round_to_half(state, M)
+    error(x, w, state, size, _ZERO, high)
+    keep_best(state)
 
 
 @compiled  # type: ignore[untyped-decorator]
