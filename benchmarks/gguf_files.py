@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "benchmarks" / "peers"
-SCHEMES = ["Q4_K_M", "Q8_0", "Q4_0"]
+SCHEMES = ["Q4_K_M", "Q8_0", "Q4_0", "F16"]
 KL_SCHEMES = [
     "Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_M", "IQ2_XS", "IQ2_XXS",
     "IQ1_M", "IQ1_S",
@@ -68,6 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--schemes", nargs="+", help="of the parts `model` and `kl`")
     parser.add_argument("--repeats", type=int, default=3, help="of each process of `model`; the fastest counts")
+    parser.add_argument("--alone", action="store_true", help="of `model`: lowbit and the copy only")
     parser.add_argument("--kl-tokens", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-gguf", help="scratch; kept between runs")
@@ -135,48 +136,73 @@ def _half(found: dict[str, Any]) -> str:
 
 
 def model(options: argparse.Namespace, peer: Path) -> dict[str, Any]:
-    """Wall time and peak memory from safetensors to GGUF, and the share of the copy rate that Q8_0 and Q4_0 reach."""
-    source = options.work / f"{options.shape}-{options.layers or 'whole'}-{options.dtype}"
-    if not (source / "config.json").is_file():
-        command: list[object] = [sys.executable, PEERS / "workload.py", "checkpoint", source, "--tokenizer", "pieces"]
-        command += ["--shape", options.shape, "--dtype", options.dtype]
-        command += ["--layers", options.layers] if options.layers else []
-        _measured(command, options.work / "checkpoint.log", options.threads)
+    """Wall time and peak memory from safetensors to GGUF, beside a copy of the bytes read and written.
+
+    The share of the copy rate is given for whole processes, and without start-up: the same command for a model of one
+    tiny block with the same vocabulary.
+    """
+    source = _checkpoint(options, options.shape, options.layers)
+    tiny = _checkpoint(options, "start-up", None)
     results: dict[str, Any] = {"runs": {}, "ratios": {}}
     print(f"\nLlama {options.shape} {options.dtype}, {options.threads} threads; fastest of {options.repeats}, in turns")
-    print(f"{'scheme':8} {'system':10} {'wall s':>8} {'CPU s':>8} {'peak MiB':>9} {'of copy':>8}")
+    print(f"{'scheme':8} {'system':10} {'wall s':>8} {'CPU s':>8} {'peak MiB':>9} {'of copy':>8} {'moving':>8}")
     for scheme in options.schemes or SCHEMES:
         own, theirs = options.work / f"lowbit-{scheme}.gguf", options.work / f"llamacpp-{scheme}.gguf"
-        found: dict[str, list[Run]] = {"lowbit": [], "llama.cpp": []}
+        found: dict[str, list[Run]] = {"lowbit": [], "llama.cpp": [], "start-up": []}
         copies = []
         for _ in range(options.repeats):
-            command = _lowbit("quantize", source, own, "--scheme", scheme, "--certify-tokens", 0, "--device", "cpu")
-            found["lowbit"].append(_measured(command, options.work / "lowbit.log", options.threads))
-            found["llama.cpp"].append(_llama_cpp(source, theirs, scheme, peer, options))
+            found["start-up"].append(_made(tiny, own, scheme, options))
+            found["lowbit"].append(_made(source, own, scheme, options))
             copies.append(_copy_seconds(source, own, options.work / "copy.bin"))
-        best = {name: min(runs, key=lambda run: run.wall) for name, runs in found.items()}
+            if not options.alone:
+                found["llama.cpp"].append(_llama_cpp(source, theirs, scheme, peer, options))
+        best = {name: min(runs, key=lambda run: run.wall) for name, runs in found.items() if runs}
+        copy, start = min(copies), best.pop("start-up").wall
         for name, run in best.items():
-            share = min(copies) / run.wall
-            print(f"{scheme:8} {name:10} {run.wall:8.1f} {run.cpu:8.1f} {run.peak_rss / 2**20:9.0f} {share:8.2f}")
-        ratio = best["lowbit"].wall / best["llama.cpp"].wall
-        memory = best["lowbit"].peak_rss / best["llama.cpp"].peak_rss
-        sizes = [path.stat().st_size for path in (own, theirs)]
-        print(f"{scheme:8} lowbit / llama.cpp: time {ratio:.3f}, memory {memory:.3f}, file {sizes[0] / sizes[1]:.4f}")
+            moving = f"{copy / (run.wall - start):8.2f}" if name == "lowbit" else ""
+            figures = f"{run.wall:8.1f} {run.cpu:8.1f} {run.peak_rss / 2**20:9.0f} {copy / run.wall:8.2f} {moving}"
+            print(f"{scheme:8} {name:10} {figures}")
+        print(f"{scheme:8} copy {copy:.2f} s, start-up {start:.2f} s", flush=True)
+        wall = best["lowbit"].wall
+        ratios = {"of_copy": copy / wall, "of_copy_without_start": copy / (wall - start)}
+        if "llama.cpp" in best:
+            ratios["time"] = wall / best["llama.cpp"].wall
+            ratios["memory"] = best["lowbit"].peak_rss / best["llama.cpp"].peak_rss
+            ratios["file"] = own.stat().st_size / theirs.stat().st_size
+            shown = ", ".join(f"{name} {ratios[name]:.4g}" for name in ("time", "memory", "file"))
+            print(f"{scheme:8} lowbit / llama.cpp: {shown}")
+            theirs.unlink()
         results["runs"][scheme] = {name: [asdict(run) for run in runs] for name, runs in found.items()}
-        results["ratios"][scheme] = {
-            "time": ratio, "memory": memory, "file": sizes[0] / sizes[1], "of_copy": min(copies) / best["lowbit"].wall,
-        }  # fmt: skip
+        results["ratios"][scheme] = ratios
         own.unlink()
-        theirs.unlink()
     return results
 
 
+def _checkpoint(options: argparse.Namespace, shape: str, layers: int | None) -> Path:
+    """The checkpoint of a shape, made unless it is there."""
+    source: Path = options.work / f"{shape}-{layers or 'whole'}-{options.dtype}"
+    if not (source / "config.json").is_file():
+        command: list[object] = [sys.executable, PEERS / "workload.py", "checkpoint", source, "--tokenizer", "pieces"]
+        command += ["--shape", shape, "--dtype", options.dtype, *(["--layers", layers] if layers else [])]
+        _measured(command, options.work / "checkpoint.log", options.threads)
+    return source
+
+
+def _made(source: Path, out: Path, scheme: str, options: argparse.Namespace) -> Run:
+    """lowbit's way, whole processes; F16 is a conversion."""
+    if scheme == "F16":
+        command = _lowbit("convert", source, out, "--dtype", "f16")
+    else:
+        command = _lowbit("quantize", source, out, "--scheme", scheme, "--certify-tokens", 0, "--device", "cpu")
+    return _measured(command, options.work / "lowbit.log", options.threads)
+
+
 def _llama_cpp(source: Path, out: Path, scheme: str, peer: Path, options: argparse.Namespace) -> Run:
-    """llama.cpp's way: convert, then quantize; its converter writes Q8_0 by itself."""
+    """llama.cpp's way: convert, then quantize; its converter writes Q8_0 and F16 by itself."""
     converter = peer.parents[1] / "source" / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
-    direct = scheme == "Q8_0"
+    direct = {"Q8_0": "q8_0", "F16": "f16"}.get(scheme)
     middle = out if direct else options.work / "converted.gguf"
-    dtype = "q8_0" if direct else {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[options.dtype]
+    dtype = direct or {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[options.dtype]
     command: list[object] = [peer, converter, source, "--outfile", middle, "--outtype", dtype]
     run = _measured(command, options.work / "convert.log", options.threads)
     if not direct:

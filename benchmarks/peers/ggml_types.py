@@ -100,9 +100,11 @@ def compare(peer: Peer, kind: GgmlType, matrices: list[Matrix]) -> dict[str, Any
     matrices = [matrix for matrix in matrices if kind.fits(matrix[0].shape[1])]
     warm = matrices[0][0][:1]
     quantize_rows(warm, kind)
+    quantize_rows(warm, kind, np.ones(warm.shape[1], np.float32))
     peer.quantize(warm, kind, np.ones(warm.shape[1], np.float32))
     ones = [np.ones(weight.shape[1], np.float32) for weight, _ in matrices]
     own = run(lambda w, i: quantize_rows(w, kind), kind, matrices, ones)
+    own_ones = run(lambda w, i: quantize_rows(w, kind, np.ones_like(i)), kind, matrices, ones)
     with_ones = run(lambda w, i: peer.quantize(w, kind, np.ones_like(i)), kind, matrices, ones)
     plain = with_ones
     if not peer.requires_importance(kind):
@@ -112,7 +114,7 @@ def compare(peer: Peer, kind: GgmlType, matrices: list[Matrix]) -> dict[str, Any
     theirs_weighted = run(lambda w, i: peer.quantize(w, kind, i), kind, matrices, given)
     return {
         "plain": {"lowbit": own, "llama.cpp": plain, "ratio": own["error"] / plain["error"]},
-        "ones": {"lowbit": own, "llama.cpp": with_ones, "ratio": own["error"] / with_ones["error"]},
+        "ones": {"lowbit": own_ones, "llama.cpp": with_ones, "ratio": own_ones["error"] / with_ones["error"]},
         "weighted": {
             "lowbit": weighted,
             "llama.cpp": theirs_weighted,

@@ -34,6 +34,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 128,
         "vocab_size": 128256,
     },
+    "start-up": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 32000,
+    },
     "0.1b": {
         "hidden_size": 1024,
         "intermediate_size": 2816,
@@ -44,7 +53,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 8192,
     },
 }
-"""Llama shapes; the last one only to see that a system works."""
+"""Llama shapes; the last one only to see that a system works, `start-up` for what is the same for all sizes."""
 
 STD = 0.02
 
