@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lowbit import __version__
 from lowbit.errors import CheckpointError, LowbitError, UsageError
+from lowbit.ops.backup_hash import HashBeside
 from lowbit.ops.backup_lock import Lock, locked
 from lowbit.ops.backup_manifest import SavedFile, SavedModel, Snapshot, pieces_of
 from lowbit.ops.backup_sources import Source, check_against_manifest, find_sources
@@ -63,19 +64,20 @@ class _Run:
         if old is not None and (old.stamp, old.bytes) == (_stamp(before), before.st_size) and self._has(old):
             self.unread += 1
             return old
-        whole, chunks, total = hashlib.sha256(), [], 0
+        chunks, total = [], 0
         try:
-            with path.open("rb", buffering=0) as file:
+            with path.open("rb", buffering=0) as file, HashBeside() as whole:
                 while data := _read(file.fileno(), self.store.chunk_bytes):
                     whole.update(data)
                     chunks.append(self._keep_chunk(data))
                     total += len(data)
+                digest = whole.hexdigest()
             after = os.stat(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         if total != before.st_size or _stamp(before) != _stamp(after):
             raise CheckpointError(f"{path}: changed while it was read: run the backup again when nothing writes it")
-        return SavedFile(total, whole.hexdigest(), before.st_mode & 0o777, tuple(chunks), _stamp(before))
+        return SavedFile(total, digest, before.st_mode & 0o777, tuple(chunks), _stamp(before))
 
     def _has(self, file: SavedFile) -> bool:
         """Whether the place has all blobs of a file, by their lengths."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lowbit.checkpoint.files import disk_errors, hash_file, sync_directory
 from lowbit.errors import CheckpointError, ResourceError, UsageError
+from lowbit.ops.backup_hash import HashBeside
 from lowbit.ops.backup_manifest import SavedFile, Snapshot, pieces_of
 from lowbit.ops.backup_store import Store
 from lowbit.pipeline.progress import Progress, Silent
@@ -184,8 +185,10 @@ def _fetch(store: Store, snapshot: Snapshot, path: Path, file: SavedFile) -> int
     if path.exists():
         path.chmod(0o600)  # an earlier try may have made it read-only
     fetched = offset = 0
-    whole = hashlib.sha256()
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as target:
+    with (
+        os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as target,
+        HashBeside() as whole,
+    ):
         for digest, size in pieces_of(file, snapshot.chunk_bytes):
             target.seek(offset)
             data = target.read(size) or b""
