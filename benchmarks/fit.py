@@ -5,7 +5,7 @@
 `ranking`: predicted against measured KL divergence of random assignments of number formats (Spearman's rank
 correlation). `uniform`: a fit against every uniform scheme of the same size (ratio of the measured divergences).
 `mixes`: GGUF fits against named mixes of llama.cpp, both by lowbit with an importance matrix, in files of the same
-size.
+size. `caches`: what llama.cpp's key-value caches of few bits cost, simulated against the engine itself.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from memory import served
 
 import lowbit
+from lowbit.calibration import load_calibration, load_tokenizer
+from lowbit.checkpoint.location import DEMO_DIRECTORY
+from lowbit.engines.flags import EngineFlags
 from lowbit.evaluation.evaluate import evaluate_all
-from lowbit.pipeline.fit import Fit, Measurement, choose, measure
+from lowbit.pipeline.fit import Fit, Measurement, choose, measure, measure_caches
 
 CANDIDATES = (
     "int2-g64-sym", "int3-g64-sym", "int3-g128-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int5-g128-sym",
@@ -30,6 +36,10 @@ CANDIDATES = (
 UNIFORM = ("int3-g128-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int5-g128-sym", "int6-g128-sym")
 MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 CALIBRATION: dict[str, Any] = {"samples": 64, "seq_len": 512}
+WINDOWS, WINDOW, STEP = 16, 256, 16
+"""Windows of text for caches, their tokens, and how far apart the positions lie that the engine is asked about."""
+VOCABULARY = 2048
+"""Tokens of the embedded model."""
 
 
 def main() -> None:
@@ -38,16 +48,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--assignments", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--only", nargs="+", choices=("ranking", "uniform", "mixes"))
+    parser.add_argument("--only", nargs="+", choices=("ranking", "uniform", "mixes", "caches"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        measurement = measured(work)
         parts = {
-            "ranking": lambda: ranking(measurement, work, arguments.assignments, arguments.tokens),
-            "uniform": lambda: uniform(measurement, work, arguments.tokens),
+            "ranking": lambda: ranking(measured(work), work, arguments.assignments, arguments.tokens),
+            "uniform": lambda: uniform(measured(work), work, arguments.tokens),
             "mixes": lambda: mixes(work, arguments.tokens),
+            "caches": lambda: caches(work),
         }
         found = {name: part() for name, part in parts.items() if not arguments.only or name in arguments.only}
     if arguments.json:
@@ -145,6 +155,44 @@ def mixes(work: Path, tokens: int) -> list[dict[str, Any]]:
         rows.append({"mix": name, "bytes": mix_size, "fit_bytes": size, "mix_kl": a, "fit_kl": b, "ratio": b / a})
         print(f"{name:8}  {mix_size:9,} bytes  KL {a:.5f}   fit {size:9,} bytes  KL {b:.5f}   ratio {b / a:.2f}")
     return rows
+
+
+def caches(work: Path) -> list[dict[str, Any]]:
+    path = work / "F16.gguf"
+    if not path.exists():
+        lowbit.quantize("demo", path, scheme="F16", certify_tokens=0)
+    simulated = measure_caches("demo", ("q8_0", "q4_0"), samples=WINDOWS, seq_len=WINDOW)
+    ids = load_calibration("demo", load_tokenizer(DEMO_DIRECTORY), samples=WINDOWS, seq_len=WINDOW, seed=42).ids
+    own = engine_logprobs(path, "f16", ids.tolist())
+    rows = []
+    for name, expected in simulated.items():
+        other = engine_logprobs(path, name, ids.tolist())
+        true = float((np.exp(own) * (own - other)).sum(-1).mean())
+        rows.append({"cache": name, "simulated_kl": expected, "engine_kl": true, "ratio": expected / true})
+        print(f"{name:5}  simulated {expected:.6f}  llama.cpp {true:.6f}  ratio {expected / true:.2f}")
+    return rows
+
+
+def engine_logprobs(path: Path, kind: str, windows: list[list[int]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """float64 ``[positions, vocabulary]``: what llama.cpp predicts after the beginnings of each window."""
+    flags = EngineFlags(context=WINDOW + 8, concurrency=1, kv_dtype=kind, threads=1, gpu_layers=0)
+    found = []
+    with served("llama.cpp", path, flags, sys.executable) as (_, port):
+        for window in windows:
+            for length in range(STEP, WINDOW + 1, STEP):
+                body = {"prompt": window[:length], "n_predict": 1, "n_probs": VOCABULARY, "temperature": 0.0}
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{port}/completion",
+                    json.dumps({**body, "cache_prompt": False}).encode(),
+                    {"Content-Type": "application/json"},
+                )
+                with urllib.request.urlopen(request, timeout=120) as answer:
+                    (token,) = json.loads(answer.read())["completion_probabilities"]
+                logprobs = np.full(VOCABULARY, -100.0)
+                for entry in token["top_logprobs"]:
+                    logprobs[entry["id"]] = entry["logprob"]
+                found.append(logprobs)
+    return np.array(found)
 
 
 if __name__ == "__main__":

@@ -194,25 +194,32 @@ def _loads(options: argparse.Namespace, kinds: list[str]) -> Iterator[tuple[int,
 
 def _serve(engine: str, model: Path, flags: EngineFlags, python: str, longest: int) -> int:
     """Start the engine, send a prompt to every slot, return what it then has resident, and end it."""
+    length = max(8, min(longest, 3 * int(flags.context or 0) // 4))
+    others = max(8, min(length, longest // 16))
+    lengths = [length, *[others] * ((flags.concurrency or 1) - 1)]
+    with served(engine, model, flags, python) as (pid, port):
+        with concurrent.futures.ThreadPoolExecutor(flags.concurrency) as pool:
+            list(pool.map(lambda slot: _ask(port, slot, lengths[slot]), range(len(lengths))))
+        return _resident_bytes(pid)
+
+
+@contextlib.contextmanager
+def served(engine: str, model: Path, flags: EngineFlags, python: str) -> Iterator[tuple[int, int]]:
+    """An engine as `lowbit serve` starts it, until the context ends: its process id and port."""
     command, environment = build_command(ENGINES[engine], str(model), "model", flags, python)
     port = _free_port()
-    places = {"host": "127.0.0.1", "port": port}
-    # Some engines see packages where they are started: here lie a kernels.py and others.
+    places = {"{host}": "127.0.0.1", "{port}": str(port)}
+    quiet = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    # A folder of its own: some engines see packages where they are started, and here lie a kernels.py and others.
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+", encoding="utf-8") as log:
-        quiet = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
         process = subprocess.Popen(
-            [part.format(**places) if part in ("{host}", "{port}") else part for part in command],
+            [places.get(part, part) for part in command],
             env={**os.environ, **environment, **quiet, "OMP_NUM_THREADS": str(flags.threads or 1)},
             cwd=folder, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:
             _wait_for(process, port, log.name)
-            length = max(8, min(longest, 3 * int(flags.context or 0) // 4))
-            with concurrent.futures.ThreadPoolExecutor(flags.concurrency) as pool:
-                others = max(8, min(length, longest // 16))
-                lengths = [length, *[others] * ((flags.concurrency or 1) - 1)]
-                list(pool.map(lambda slot: _ask(port, slot, lengths[slot]), range(len(lengths))))
-            return _resident_bytes(process.pid)
+            yield process.pid, port
         finally:
             _end(process)
 
