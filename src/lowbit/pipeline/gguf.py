@@ -104,6 +104,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("bits", "group_size", "symmetric"), _SCHEME),
     "ordering": "columns keep their order",
     "transform": "the weights are rounded as they are",
+    "kv_cache": "llama.cpp takes the type of its cache when it starts",
     "recipe": "use --scheme and --type REGEX=TYPE",
     "skip": "keep tensors as floats with --type REGEX=F16",
     "format": "the name of the output says what it is",
@@ -114,7 +115,8 @@ _ELSEWHERE = {
 
 def is_for_gguf(out: str | Path, scheme: str | None, format: str | None) -> bool:
     """Whether a request is for a GGUF file: by the name of the output, the format, or a scheme that only GGUF has."""
-    return is_gguf_name(out) or format == "gguf" or (scheme is not None and is_mix(scheme))
+    only = scheme is not None and is_mix(scheme) and scheme.strip().upper() not in PRESETS
+    return is_gguf_name(out) or format == "gguf" or only
 
 
 def quantize_gguf(
