@@ -29,6 +29,7 @@ from lowbit.codecs.gguf.mixes import (
     parse_overrides,
 )
 from lowbit.errors import CheckpointError, UnsupportedError, UsageError
+from lowbit.formats import PRESETS
 from lowbit.formats.ggml import GgmlType
 from lowbit.pipeline.gguf_output import Output, SourceHashes, check_name, is_gguf_name, named
 from lowbit.pipeline.gguf_stream import Task
