@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stride", type=positive, metavar="N", help="tokens from window to window (default: they do not overlap)"
     )
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="read no more than this")
+    parser.add_argument(
+        "--kv-dtype",
+        metavar="NAME",
+        default="auto",
+        help="key-value cache to simulate: fp8, int8, q8_0, q4_0 … (default: FP8 where the model brings scales for it)",
+    )
     add_compute_arguments(parser)
     add_trust_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write all figures as JSON; - is stdout")
@@ -58,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             max_tokens=arguments.max_tokens,
             device=arguments.device,
             memory=arguments.memory,
+            kv_dtype=arguments.kv_dtype,
             allow_pickle=arguments.allow_pickle,
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,

@@ -28,6 +28,7 @@ EXAMPLES = """\
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-W4A16 --calibration chats.jsonl --memory 6GiB
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-awq --method awq --format awq --asym
   lowbit quantize ./Qwen3-8B ./out --method gptq --transform awq --bits 3
+  lowbit quantize ./Qwen3-8B ./Qwen3-8B-W8A8 --scheme W8A8 --kv-cache fp8
   lowbit quantize ./Qwen3-8B ./out --bits 8 --group-size -1 --skip '.*down_proj' --target vllm==0.32
   lowbit quantize ./Qwen3-8B Qwen3-8B-Q4_K_M.gguf --scheme Q4_K_M --imatrix auto --calibration chats.jsonl
   lowbit quantize ./Qwen3-8B Qwen3-8B.gguf --scheme IQ3_XS --imatrix model.imatrix.gguf --type ffn_down=Q4_K
@@ -41,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to write")
     what.add_argument(
         "--scheme",
-        help="W4A16 (default), W4A16_ASYM, W8A16 … or a number format such as int4-g128-sym; for a GGUF file Q4_K_M "
-        "(default), Q6_K, IQ3_XS …",
+        help="W4A16 (default), W8A8, FP8_DYNAMIC, NVFP4 … or a number format such as int4-g128-sym; for a GGUF file "
+        "Q4_K_M (default), Q6_K, IQ3_XS …",
     )
     what.add_argument("--method", choices=METHODS, help="how weights are rounded (default: gptq)")
     what.add_argument(
@@ -60,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     symmetry.add_argument("--asym", dest="symmetric", action="store_false", help="a zero point for each scale")
     what.add_argument(
         "--ordering", choices=("none", "static"), help="order in which GPTQ solves columns; static stores no g_idx"
+    )
+    what.add_argument(
+        "--kv-cache",
+        choices=("fp8", "fp8-head"),
+        help="calibrate FP8 scales of the key-value cache, one for each layer or each head, and store them",
     )
     what.add_argument("--recipe", metavar="FILE", help="YAML recipe with rules per module; flags override it")
     what.add_argument(
@@ -124,6 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
             symmetric=arguments.symmetric,
             ordering=arguments.ordering,
             transform=arguments.transform,
+            kv_cache=arguments.kv_cache,
             calibration=arguments.calibration,
             samples=arguments.samples,
             seq_len=arguments.seq_len,

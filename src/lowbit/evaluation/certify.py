@@ -44,6 +44,7 @@ class QuantizeSettings(TypedDict, total=False):
     symmetric: bool | None
     ordering: str | None
     transform: str | None
+    kv_cache: str | None
     recipe: str | Path | Recipe | None
     skip: Sequence[str]
     target: str | None

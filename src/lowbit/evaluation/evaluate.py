@@ -18,6 +18,7 @@ from lowbit.evaluation.metrics import Windows, cut_windows
 from lowbit.evaluation.results import Evaluation
 from lowbit.evaluation.streaming import WORKSPACE, final_hidden, score
 from lowbit.evaluation.summary import Run, summarise
+from lowbit.pipeline.cache_hooks import model_cache, parse_cache
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.streamed import StreamedModel
 
@@ -36,6 +37,7 @@ def evaluate(
     max_tokens: int | None = None,
     device: str = "auto",
     memory: int | None = None,
+    kv_dtype: str = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -45,11 +47,13 @@ def evaluate(
     ``text`` is what :func:`lowbit.calibration.load_text` takes, or its result; None is the held-out text of the
     ``demo`` model and an error for others. ``seq_len`` defaults to the model's context, at most 2048. Windows are
     disjoint, or ``stride`` tokens apart. ``memory`` bounds intermediate values in bytes. Both models compute in
-    float32, so that what differs is the quantization alone.
+    float32, so that what differs is the quantization alone: of weights, of inputs where the checkpoint says so, and of
+    the key-value cache, which ``kv_dtype`` names (``auto``: as the checkpoint says; not of the reference).
     """
     return evaluate_all(
         [model], against=against, text=text, seq_len=seq_len, stride=stride, max_tokens=max_tokens, device=device,
-        memory=memory, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, progress=progress,
+        memory=memory, kv_dtype=kv_dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
+        progress=progress,
     )[0]  # fmt: skip
 
 
@@ -63,11 +67,13 @@ def evaluate_all(
     max_tokens: int | None = None,
     device: str = "auto",
     memory: int | None = None,
+    kv_dtype: str = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[Evaluation]:
     """:func:`evaluate` for several models, with the blocks of the reference run only once."""
+    cache = parse_cache(kv_dtype)
     if not models:
         raise UsageError("name at least one model to evaluate")
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -89,21 +95,22 @@ def evaluate_all(
         progress.start("Evaluating", len(first.block_names) * len(sources))
         cleanup.callback(progress.close)
 
-        def run(model: StreamedModel, source: str | Path, cleanup: ExitStack) -> Run:
+        def run(model: StreamedModel, source: str | Path, cleanup: ExitStack, cache: str) -> Run:
             name = Path(source).name or str(source)
             path = Path(tempfile.mkdtemp(dir=scratch)) / "hidden"
-            store = final_hidden(model, windows, path, name, progress, workspace=workspace)
+            with model_cache(model, cache):
+                store = final_hidden(model, windows, path, name, progress, workspace=workspace)
             cleanup.callback(store.close, delete=True)
             return Run(name, model, store, measure(model.checkpoint.tensors, model.plan))
 
-        reference = None if against is None else run(first, against, cleanup)
+        reference = None if against is None else run(first, against, cleanup, "auto")
         results = []
         for index, source in enumerate(models):
             with ExitStack() as release:
                 model = first if reference is None and index == 0 else opened(source, release)
                 if reference is not None:
                     _check_comparable(reference, model, source)
-                runs = [*([] if reference is None else [reference]), run(model, source, release)]
+                runs = [*([] if reference is None else [reference]), run(model, source, release, cache)]
                 scores = score([(one.name, one.model, one.store) for one in runs], windows, workspace=workspace)
                 results.append(summarise(runs, scores, windows, evaluation_text, stride, tokenizer))
                 progress.message(describe(results[-1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from lowbit.formats import PER_TENSOR, FloatSpec, FloatTensor, QuantizedTensor, 
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
 from lowbit.pipeline.inputs import InputScales, RoundingLinear
+from lowbit.pipeline.kv_scales import CacheRange, intercepted_attention
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.recipe import ModulePlan, Recipe, method_options
 from lowbit.pipeline.refine import Learnable, refine
@@ -110,6 +112,7 @@ class BlockQuantizer:
         self._statistics: dict[Group, InputStatistics] = {}
         self._solved: dict[str, WeightTensor] = {}
         self._input_scales = InputScales()
+        self._cache_ranges: dict[str, CacheRange] = {}
         self._overrides: dict[str, torch.Tensor] = {}
         self._divided: dict[str, torch.Tensor] = {}
         self._learnable: dict[str, Learnable] = {}
@@ -148,11 +151,12 @@ class BlockQuantizer:
             reference=reference,
         )
         tuned = [plan for plan in self.plans.values() if METHODS[plan.method].scope == "block"]
-        staged.run(self._add_input, self._solve_stage, (lambda index, output: None) if tuned else on_output)
-        if tuned and beside is not None:
-            self._refine(options_of(self.recipe, tuned[0]), batches, beside.outputs)
-            for index, forward in enumerate(forwards(self.block, batches)):
-                on_output(index, forward())
+        with self._watched_cache():
+            staged.run(self._add_input, self._solve_stage, (lambda index, output: None) if tuned else on_output)
+            if tuned and beside is not None:
+                self._refine(options_of(self.recipe, tuned[0]), batches, beside.outputs)
+                for index, forward in enumerate(forwards(self.block, batches)):
+                    on_output(index, forward())
 
     def _refine(self, options: Options, batches: Sequence[Load], outputs: Sequence[Load]) -> None:
         """Tune the solved linears together so that ``batches`` come out as the float block's ``outputs``."""
@@ -177,6 +181,19 @@ class BlockQuantizer:
         return discover_stages(
             self.block, self.linears, lambda: self.model.run_block(self.block, self.index, load()[:1])
         )
+
+    def _watched_cache(self) -> AbstractContextManager[None]:
+        """While it lasts, the keys and values of this block are measured, if its cache is to have scales."""
+        if self.recipe.kv_cache is None:
+            return nullcontext()
+        names = {module: name for name, module in self.block.named_modules()}
+
+        def note(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if module in names:
+                self._cache_ranges.setdefault(names[module], CacheRange()).note(key, value)
+            return key, value
+
+        return intercepted_attention(note)
 
     def _add_input(self, group: Group, x: torch.Tensor, reference: torch.Tensor | None) -> None:
         planned = [self.plans[name] for name in group if name in self.plans]
@@ -373,8 +390,12 @@ class BlockQuantizer:
             kept = self._stored(name)
             override = self._overrides.get(name)
             out[self.full_name(name)] = kept if override is None else override.to("cpu", kept.dtype).contiguous()
+        for attention, seen in self._cache_ranges.items():
+            cache = seen.scales(self.recipe.kv_cache or "fp8", self._divided.get(f"{attention}.v_proj"))
+            for local, tensor in cache.tensors().items() if cache is not None else ():
+                out[f"{self.full_name(attention)}.{local}"] = tensor
         for stored in self.model.block_tensor_names(self.index):
-            if stored not in handled and owner(stored, self.model.plan) is None:
+            if stored not in handled and stored not in out and owner(stored, self.model.plan) is None:
                 out[stored] = self.checkpoint.read(stored)
         return out
 

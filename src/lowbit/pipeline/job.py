@@ -25,6 +25,7 @@ from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.block import ModuleReport
 from lowbit.pipeline.candidates import usual_choice
 from lowbit.pipeline.checks import Decisions, decide, scan_weights
+from lowbit.pipeline.kv_scales import check_kind
 from lowbit.pipeline.recipe import ModulePlan, Recipe, Rule, resolve, suggestion
 from lowbit.pipeline.sampling import sample_from
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
@@ -52,6 +53,7 @@ class Settings:
     symmetric: bool | None = None
     ordering: str | None = None
     transform: str | None = None
+    kv_cache: str | None = None
     calibration: str | Path | None = None
     samples: int = 128
     seq_len: int = 2048
@@ -80,7 +82,7 @@ class Settings:
         recipe = self.recipe if isinstance(self.recipe, Recipe) else None
         if recipe is None:
             recipe = Recipe.from_yaml(self.recipe) if isinstance(self.recipe, str | Path) else Recipe()
-        names = ("scheme", "method", "format", "bits", "group_size", "symmetric", "ordering", "transform")
+        names = ("scheme", "method", "format", "bits", "group_size", "symmetric", "ordering", "transform", "kv_cache")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.recipe is None and self.scheme is not None:
             method, format = usual_choice(parse_scheme(self.scheme))
@@ -223,6 +225,7 @@ def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterat
         dtype = stored if device.type == "cuda" and stored is torch.bfloat16 else torch.float32
         model = StreamedModel(checkpoint, device=device, dtype=dtype, trust_remote_code=settings.trust_remote_code)
         shapes = model.linear_shapes()
+        _check_cache(recipe, codec, model)
         recipe_plan = resolve(recipe, shapes, fused_groups(list(shapes)), methods=METHODS)
         _refuse_unsolvable(codec, recipe_plan)
         scale_dtype = codec.scale_dtype(stored)
@@ -232,7 +235,10 @@ def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterat
         }
         hardware = probe()
         memory = settings.memory or hardware.available // 2
-        calibration, held_out = _calibration(settings, source, model, plan, memory)
+        needed = recipe.kv_cache is not None or any(
+            entry is not None and entry.needs_statistics for entry in plan.values()
+        )
+        calibration, held_out = _calibration(settings, source, model, needed, memory)
         shape = None if calibration is None else calibration.ids.shape
         decisions = decide(model, codec, plan, shapes, out, shape, memory, settings.target, hardware)
         hashes = scan_weights(checkpoint)
@@ -240,6 +246,20 @@ def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterat
         notes += [] if calibration is None else calibration.notes
         yield Job(
             source, checkpoint, model, recipe, codec, plan, settings, calibration, held_out, decisions, hashes, notes
+        )
+
+
+def _check_cache(recipe: Recipe, codec: Codec, model: StreamedModel) -> None:
+    """Raise for scales of the key-value cache that mean nothing to the file format or to the model."""
+    if recipe.kv_cache is None:
+        return
+    check_kind(recipe.kv_cache)
+    if codec.name != "compressed-tensors":
+        reason = "use --format compressed-tensors, or let the engine choose: --kv-cache-dtype fp8"
+        raise UnsupportedError(f"--kv-cache: {codec.name} has no place for scales of the cache", [reason])
+    if getattr(model.config, "kv_lora_rank", None):
+        raise UnsupportedError(
+            "--kv-cache: the cache of latent attention (MLA) holds no keys and values", ["leave it out"]
         )
 
 
@@ -278,11 +298,10 @@ def _calibration(
     settings: Settings,
     source: str | Path,
     model: StreamedModel,
-    plan: Mapping[str, ModulePlan | None],
+    needed: bool,
     memory: int,
 ) -> tuple[CalibrationSet | None, torch.Tensor | None]:
-    """The sequences to calibrate on, and some more of the same text that are kept for the certificate."""
-    needed = any(entry is not None and entry.needs_statistics for entry in plan.values())
+    """The sequences to calibrate on, if ``needed``, and some more of the same text, kept for the certificate."""
     chosen = settings.calibration
     if chosen is None and str(source) == DEMO:
         chosen = DEMO

@@ -15,6 +15,7 @@ from lowbit import __version__
 from lowbit.checkpoint import Manifest, PartialCheckpoint, check_output, read_manifest
 from lowbit.pipeline.block import Beside, BlockQuantizer, Load, ModuleReport
 from lowbit.pipeline.job import Job, plan_job
+from lowbit.pipeline.kv_scales import cache_scheme
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.stages import Stage
 from lowbit.pipeline.store import ActivationStore
@@ -250,6 +251,8 @@ def _finish(job: Job, partial: PartialCheckpoint, reports: Sequence[ModuleReport
     config = {k: v for k, v in job.checkpoint.config.items() if k not in ("quantization_config", "compression_config")}
     quantization = job.codec.config(job.specs(), job.left_dense(), inputs=job.inputs(), details=job.details())
     if quantization:
+        if job.recipe.kv_cache is not None:
+            quantization["kv_cache_scheme"] = cache_scheme(job.recipe.kv_cache)
         config["quantization_config"] = quantization
     manifest = Manifest(
         fingerprint=job.fingerprint,

@@ -63,8 +63,9 @@ class Recipe:
     """A whole recipe. ``scheme`` is a preset or number format; ``bits``, ``group_size``, ``symmetric`` override it.
 
     ``transform`` rewrites weights before they are solved (None: the method's own, if it has one), ``sparsity`` is the
-    pattern of zeros (``2:4``, ``50%``) that ``pruner`` makes. ``options`` are those of the method
-    (:func:`method_options`). Of ``rules`` the first that matches a module wins.
+    pattern of zeros (``2:4``, ``50%``) that ``pruner`` makes, ``kv_cache`` (``fp8``, ``fp8-head``) asks for calibrated
+    scales of the key-value cache. ``options`` are those of the method (:func:`method_options`). Of ``rules`` the first
+    that matches a module wins.
     """
 
     scheme: str = "W4A16"
@@ -77,6 +78,7 @@ class Recipe:
     transform: str | None = None
     sparsity: str | None = None
     pruner: str | None = None
+    kv_cache: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
@@ -116,7 +118,7 @@ class Recipe:
         """A recipe from plain values; ``where`` leads the messages of errors.
 
         Keys: scheme, method, format, bits, group_size, sym, ordering (or desc_act), transform, sparsity, pruner,
-        options, skip, rules, dynamic.
+        kv_cache, options, skip, rules, dynamic.
         """
         values = _table(content, _RECIPE_KEYS, where)
         rules = [Rule(_string(pattern, f"{where}: skip"), skip=True) for pattern in _list(values, "skip", where)]
@@ -127,7 +129,7 @@ class Recipe:
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
             raise UsageError(f"{where}: options must be a table of names and values")
         fields = _overrides(values, where)
-        for name in ("format", "transform", "sparsity", "pruner"):
+        for name in ("format", "transform", "sparsity", "pruner", "kv_cache"):
             if name in values:
                 fields[name] = _string(values[name], f"{where}: {name}")
         return cls(options=dict(options), rules=tuple(rules), **fields)
@@ -140,8 +142,8 @@ class Recipe:
         """Plain values for the manifest; :meth:`from_dict` reads them back."""
         plain: dict[str, Any] = {"scheme": self.scheme, "method": self.method, "format": self.format}
         plain.update(_plain_overrides(self))
-        named = (("transform", self.transform), ("sparsity", self.sparsity), ("pruner", self.pruner))
-        plain.update({name: value for name, value in named if value is not None})
+        named = ("transform", "sparsity", "pruner", "kv_cache")
+        plain.update({name: getattr(self, name) for name in named if getattr(self, name) is not None})
         if self.options:
             plain["options"] = dict(sorted(self.options.items()))
         if self.rules:
@@ -355,7 +357,10 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 _OVERRIDE_KEYS = ("scheme", "bits", "group_size", "sym", "symmetric", "method", "ordering", "desc_act")
-_RECIPE_KEYS = (*_OVERRIDE_KEYS, "format", "transform", "sparsity", "pruner", "options", "skip", "rules", "dynamic")
+_RECIPE_KEYS = (
+    *_OVERRIDE_KEYS,
+    *("format", "transform", "sparsity", "pruner", "kv_cache", "options", "skip", "rules", "dynamic"),
+)
 _RULE_KEYS = (*_OVERRIDE_KEYS, "pattern", "skip")
 
 

@@ -22,6 +22,7 @@ from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.pipeline.architectures import Family, family_of
 from lowbit.pipeline.experts import unfuse_experts
 from lowbit.pipeline.inputs import RoundingLinear, prepare_linears, stored_input_scale
+from lowbit.pipeline.kv_scales import KvScales
 
 HEAD_ROWS = 16384
 """Vocabulary rows of an output head that are held in compute precision at a time."""
@@ -283,6 +284,8 @@ class StreamedModel:
         for name, _ in list(block.named_parameters()):
             self._set(block, name, self._dense(f"{prefix}.{name}"))
         for name, module in block.named_modules():
+            if f"{self.stored_name(f'{prefix}.{name}')}.k_scale" in self.checkpoint.tensors:
+                module.cache_scales = KvScales.read(self.checkpoint, self.stored_name(f"{prefix}.{name}"))  # type: ignore[assignment]
             entry = self.plan.get(self.stored_name(f"{prefix}.{name}"))
             if isinstance(module, RoundingLinear) and isinstance(entry, StoredGrid) and entry.inputs is not None:
                 scale = stored_input_scale(self.checkpoint, self.stored_name(f"{prefix}.{name}"), entry)
