@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit.formats.floating import Element
+
 __all__ = ["Block"]
 
 
@@ -18,6 +20,7 @@ class Block:
     ``groups``    int32 ``[width]``: the column of ``scales`` that each column of the block belongs to
     ``codes``     uint8 ``[out, in]``: written
     ``residual``  float32 ``[out, in]``: the original weights, from which the quantized ones are subtracted
+    ``element``   the small float that a weight over its scale is rounded to; None: an integer code
     """
 
     start: int
@@ -27,3 +30,4 @@ class Block:
     groups: torch.Tensor
     codes: torch.Tensor
     residual: torch.Tensor
+    element: Element | None = None

@@ -17,10 +17,13 @@ from typing import Literal
 import torch
 
 from lowbit.errors import NumericsError, UsageError
+from lowbit.formats.floating import Element, FloatSpec, FloatTensor, stored_scale_values
+from lowbit.formats.floating import encode as encode_floats
 from lowbit.formats.spec import PER_CHANNEL, IntSpec
 from lowbit.formats.tensor import QuantizedTensor
 from lowbit.kernels.gptq import Block, quantize_columns
 from lowbit.quant.factor import invert_upper, reverse_cholesky_
+from lowbit.quant.float_scales import choose_scales
 from lowbit.quant.ranges import choose_grid, float_grid
 from lowbit.quant.solution import Solution
 from lowbit.quant.statistics import InputStatistics
@@ -119,7 +122,7 @@ def _ordered(statistics: InputStatistics, order: torch.Tensor | None) -> torch.T
 
 
 @torch.no_grad()
-def solve(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: GptqOptions) -> Solution:
+def solve(weight: torch.Tensor, factor: Factor, spec: IntSpec | FloatSpec, options: GptqOptions) -> Solution:
     """Quantize ``weight`` float ``[out, in]`` (left unchanged). Raises :class:`NumericsError` if it is not finite."""
     columns = weight.shape[1]
     if factor.upper.shape[0] != columns:
@@ -127,7 +130,10 @@ def solve(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: GptqOpti
     weight = weight.to(torch.float32, copy=True)
     if bool(factor.dead.any()):
         weight[:, factor.dead] = 0.0
-    if spec.group_size > 0 and factor.order is None:
+    solved: QuantizedTensor | FloatTensor
+    if isinstance(spec, FloatSpec):
+        solved = _solve_floats(weight, factor, spec, options)
+    elif spec.group_size > 0 and factor.order is None:
         solved = _solve_growing(weight, factor, spec, options)
     else:
         solved = _solve_fixed(weight, factor, spec, options)
@@ -141,7 +147,7 @@ def _solve_growing(weight: torch.Tensor, factor: Factor, spec: IntSpec, options:
     """Left to right, each group's range chosen from its corrected weights when its turn comes."""
     rows, columns = weight.shape
     size = spec.group_size
-    run = _Run(weight, factor.upper, spec)
+    run = _Run(weight, factor.upper, spec.levels)
     one_group = replace(spec, group_size=PER_CHANNEL)
     importance = factor.upper.diagonal().square()
     scales: list[torch.Tensor] = []
@@ -176,7 +182,7 @@ def _solve_fixed(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: G
     scales, zeros = choose_grid(weight, spec, options.range_method, importance=importance)
     grid = float_grid(scales, zeros, spec, rows)
     groups = order // spec.group_size if spec.group_size > 0 else torch.zeros_like(order)
-    run = _Run(weight[:, order] if factor.order is not None else weight, factor.upper, spec)
+    run = _Run(weight[:, order] if factor.order is not None else weight, factor.upper, spec.levels)
     for start in range(0, columns, options.block_size):
         end = min(start + options.block_size, columns)
         block = run.block(run.corrected(start, end), start, groups[start:end])
@@ -188,15 +194,36 @@ def _solve_fixed(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: G
     return QuantizedTensor(spec, codes, scales, zeros)
 
 
+def _solve_floats(weight: torch.Tensor, factor: Factor, spec: FloatSpec, options: GptqOptions) -> FloatTensor:
+    """In the factor's order, all scales chosen from the original weights beforehand."""
+    rows, columns = weight.shape
+    order = factor.order if factor.order is not None else torch.arange(columns, device=weight.device)
+    importance = torch.empty_like(weight[0])
+    importance[order] = factor.upper.diagonal().square()
+    search = options.range_method != "minmax"
+    scales, whole = choose_scales(weight, spec, search=search, importance=importance)
+    steps = stored_scale_values(scales, spec, whole).repeat_interleave(max(1, spec.rows), 0)[:rows].expand(rows, -1)
+    groups = order // spec.group_size if spec.group_size > 0 else torch.zeros_like(order)
+    run = _Run(weight[:, order], factor.upper, 0, spec.element)
+    for start in range(0, columns, options.block_size):
+        end = min(start + options.block_size, columns)
+        block = run.block(run.corrected(start, end), start, groups[start:end])
+        quantize_columns(block, steps, steps, 0, end - start)
+    # What is left of a weight is how far it was moved; the values lie on the grid, so that their codes are certain.
+    moved = torch.empty_like(weight)
+    moved[:, order] = run.residual
+    return encode_floats(weight - moved, spec, scales, whole)
+
+
 class _Run:
     """The state of one solve: residuals left of the current block, original weights from it on, and the codes."""
 
-    def __init__(self, weight: torch.Tensor, upper: torch.Tensor, spec: IntSpec) -> None:
+    def __init__(self, weight: torch.Tensor, upper: torch.Tensor, levels: int, element: Element | None = None) -> None:
         """Takes ``weight`` over as the residual of nothing quantized."""
         self.residual = weight.contiguous()
         self.upper = upper
         self.codes = torch.empty_like(self.residual, dtype=torch.uint8)
-        self.levels = spec.levels
+        self.levels, self.element = levels, element
         self._span = 0
         self._carried = self.residual[:, :0]
 
@@ -227,4 +254,4 @@ class _Run:
         if groups is None:
             groups = torch.zeros(end - start, dtype=torch.int32, device=current.device)
         groups = groups.to(torch.int32)
-        return Block(start, self.levels, current, inverse, groups, self.codes, self.residual)
+        return Block(start, self.levels, current, inverse, groups, self.codes, self.residual, self.element)

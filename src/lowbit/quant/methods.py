@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from lowbit.errors import NumericsError
+from lowbit.formats.floating import FloatSpec
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.weights import WeightSpec
 from lowbit.quant import awq, gptaq, gptq, hqq
@@ -164,9 +165,13 @@ def _with_zero_points(spec: WeightSpec) -> list[str]:
     return [f"it solves for zero points, and {spec} has none: use --scheme int4-g64-affine, or --asym"]
 
 
+def _integers_and_floats(spec: WeightSpec) -> list[str]:
+    return [] if isinstance(spec, FloatSpec) else _integers(spec)
+
+
 METHODS: Mapping[str, Method] = {
     "rtn": Method("rtn", RtnOptions, needs_statistics=False, solver=_rtn, supports=_any),
-    "gptq": Method("gptq", GptqOptions, needs_statistics=True, solver=_gptq, supports=_integers),
+    "gptq": Method("gptq", GptqOptions, needs_statistics=True, solver=_gptq, supports=_integers_and_floats),
     "gptaq": Method(
         "gptaq", GptaqOptions, needs_statistics=True, solver=_gptaq, supports=_integers, needs_reference=True
     ),
