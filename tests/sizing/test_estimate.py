@@ -66,6 +66,18 @@ def test_every_format_to_the_byte(
     assert predicted.exact
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC", "W4A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP4"])
+def test_quantized_inputs_to_the_byte(
+    scheme: str, new_checkpoint: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    source = new_checkpoint(tmp_path / "source", dtype=torch.bfloat16, num_hidden_layers=1)
+    predicted = make_variant(open_header_model(source), scheme)
+    data = {"calibration": calibration_file, "samples": 4, "seq_len": 32}
+    quantize(source, tmp_path / "out", scheme=scheme, method="rtn", certify_tokens=0, **data)
+    assert predicted.files == weights(tmp_path / "out")
+    assert "gptq" in make_variant(open_header_model(source), scheme, "gptq").problem.lower()
+
+
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 def test_dense_copies_to_the_byte(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     predicted = make_variant(open_header_model(tiny_llama), name)

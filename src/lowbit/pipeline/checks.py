@@ -77,7 +77,9 @@ def decide(
     the first of the findings that cannot work.
     """
     chosen = {name: entry for name, entry in plan.items() if entry is not None}
-    modules = planned(shapes.items(), {n: e.spec for n, e in chosen.items()}, {n: e.method for n, e in chosen.items()})
+    inputs = {name: entry.inputs for name, entry in chosen.items() if entry.inputs is not None}
+    specs, methods = ({n: e.spec for n, e in chosen.items()}, {n: e.method for n, e in chosen.items()})
+    modules = planned(shapes.items(), specs, methods, inputs)
     description = model.checkpoint.description
     samples, seq_len = calibration if calibration is not None else (0, 0)
     workload = Workload(

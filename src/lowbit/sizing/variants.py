@@ -18,7 +18,7 @@ from lowbit.checkpoint.sizes import weight_file_sizes
 from lowbit.codecs import CODECS
 from lowbit.codecs.gguf.mixes import MIXES, is_mix
 from lowbit.errors import UsageError
-from lowbit.formats import WeightSpec, parse_spec
+from lowbit.formats import PRESETS, ActivationSpec, Scheme, WeightSpec, parse_scheme
 from lowbit.formats.rounding import blank_weight
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.recipe import Recipe, resolve
@@ -50,17 +50,17 @@ def make_variant(
     name = _SHORT.get(scheme.strip().lower(), scheme.strip())
     if name.lower() == "stored":
         return _stored(model)
-    mix = is_mix(name) and not _reads_as_number_format(name)
+    mix = is_mix(name) and not _reads_as_number_format(name) and (prefer_gguf or name.upper() not in PRESETS)
     if name.lower() in FLOATS and not (mix and prefer_gguf):
         return _dense(model, name.lower())
     if mix:
         return gguf_variant(model, name)
-    return _quantized(model, _spec(scheme, name), format)
+    return _quantized(model, _scheme(scheme, name), format)
 
 
-def _spec(scheme: str, name: str) -> WeightSpec:
+def _scheme(scheme: str, name: str) -> Scheme:
     try:
-        return parse_spec(name)
+        return parse_scheme(name)
     except UsageError as error:
         known = [*_SHORT, *FLOATS, *_PRESETS, *MIXES]
         close = difflib.get_close_matches(scheme.lower(), [entry.lower() for entry in known], n=1, cutoff=0.5)
@@ -112,14 +112,15 @@ def _conversion_parts(headers: Mapping[str, Header]) -> Iterator[dict[str, Heade
     yield part
 
 
-def _quantized(model: HeaderModel, spec: WeightSpec, format: str) -> Variant:
-    """Linears in ``spec``, the rest as stored, as ``lowbit quantize`` writes them."""
+def _quantized(model: HeaderModel, scheme: Scheme, format: str) -> Variant:
+    """Linears in ``scheme``, the rest as stored, as ``lowbit quantize`` writes them."""
     codec = CODECS.get(format)
     if codec is None:
         close = difflib.get_close_matches(format, CODECS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(CODECS)}"
         raise UsageError(f"--format {format}: {hint}")
-    variant = Variant(str(spec), format, float(spec.bits))
+    spec, inputs = scheme.weights, scheme.inputs
+    variant = Variant(str(scheme), format, float(spec.bits))
     if format == "dense":
         return replace(variant, problem="dense files hold floats, whatever they were rounded to: see --scheme bf16")
     recipe = Recipe(scheme=str(spec), method="rtn", format=format)
@@ -129,11 +130,15 @@ def _quantized(model: HeaderModel, spec: WeightSpec, format: str) -> Variant:
         return replace(variant, problem=str(error))
     scaled = spec.with_scale_dtype(codec.scale_dtype(model.dtype))
     modules = tuple(
-        PlannedModule(name, shape, scaled if entries[name] is not None else None)
+        PlannedModule(name, shape, *((scaled, "rtn", inputs) if entries[name] is not None else ()))
         for name, shape in model.linears.items()
     )
     for module in modules:
-        if module.spec is not None and (reasons := codec.supports(module.spec, module.shape)):
+        if module.spec is None:
+            continue
+        reasons = codec.supports(module.spec, module.shape)
+        reasons += [] if inputs is None else codec.supports_inputs(module.spec, inputs)
+        if reasons:
             return replace(variant, problem=f"{module.name}: {reasons[0]}")
     parts: list[dict[str, Header]] = [{} for _ in range(model.description.layers + 1)]
     for name, header in model.dense.items():
@@ -143,19 +148,21 @@ def _quantized(model: HeaderModel, spec: WeightSpec, format: str) -> Variant:
             continue
         part = parts[block_number(f"{module.name}.", model.blocks, model.description.layers) + 1]
         del part[f"{module.name}.weight"]
-        for local, header in _encoded(format, module.spec, module.shape).items():
+        for local, header in _encoded(format, module.spec, module.shape, inputs).items():
             part[f"{module.name}.{local}"] = header
     sizes = {name: size for part in parts for name, size in _bytes(part).items()}
     return replace(variant, files=weight_file_sizes(parts), tensors=sizes, modules=modules)
 
 
 @lru_cache(maxsize=256)
-def _encoded(format: str, spec: WeightSpec, shape: tuple[int, int]) -> dict[str, Header]:
+def _encoded(format: str, spec: WeightSpec, shape: tuple[int, int], inputs: ActivationSpec | None) -> dict[str, Header]:
     """Dtype and shape of each tensor that a module becomes: what the codec makes of one without data."""
     # The first use of the meta device costs seconds of imports: small tensors are really encoded.
     with torch.device("meta" if math.prod(shape) > _SMALL else "cpu"):
         tensor = blank_weight(spec, shape)
-        return {name: (item.dtype, tuple(item.shape)) for name, item in CODECS[format].encode(tensor).items()}
+        scale = torch.ones(1) if inputs is not None and inputs.needs_calibration else None
+        encoded = CODECS[format].encode(tensor, scale, inputs=inputs)
+        return {name: (item.dtype, tuple(item.shape)) for name, item in encoded.items()}
 
 
 def _bytes(headers: Mapping[str, Header]) -> dict[str, int]:
