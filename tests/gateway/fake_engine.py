@@ -17,6 +17,7 @@ stall_mid      a stream stops after three tokens, the connection stays open
 close_mid      the connection is cut after three tokens
 garbage        status 200 with bytes that are neither JSON nor events
 garbage_mid    three good tokens, then a broken event
+close_end      the connection is cut after the last event, before the stream is closed
 error500       status 500 with an HTML page
 error503       status 503 with Retry-After
 =============  =========================================================================
@@ -46,6 +47,7 @@ GENERATION_FAULTS = (
     "close_mid",
     "garbage",
     "garbage_mid",
+    "close_end",
     "error500",
     "error503",
 )
@@ -263,9 +265,12 @@ async def stream(request: web.Request, engine: Engine, chunks: list[bytes], faul
         await response.write(chunk)
         sent += 1
         engine.counts["tokens"] += 1
-        if sent == 4 and fault:
+        if sent == 4 and fault and fault != "close_end":
             await break_mid(request, response, fault)
             return response
+    if fault == "close_end":
+        await break_mid(request, response, "close_mid")
+        return response
     await response.write_eof()
     return response
 
@@ -360,7 +365,8 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
 async def rerank(request: web.Request) -> web.StreamResponse:
     def whole(body: Body, engine: Engine) -> Body:
         words = set(body["query"].split())
-        scores = [(index, float(len(words & set(text.split())))) for index, text in enumerate(body["documents"])]
+        texts = [each if isinstance(each, str) else str(each.get("text")) for each in body["documents"]]
+        scores = [(index, float(len(words & set(text.split())))) for index, text in enumerate(texts)]
         results = [
             {"index": index, "relevance_score": score} for index, score in sorted(scores, key=lambda pair: -pair[1])
         ]

@@ -146,6 +146,35 @@ def test_models_that_do_not_fit_together_are_swapped_without_dropping_requests()
     run(scenario, 90)
 
 
+def test_a_full_queue_refuses_and_what_it_holds_is_answered() -> None:
+    async def scenario() -> None:
+        tiers = [fake_tier("int4", "--token-time", "0.01", concurrency=4)]
+        limits = {"queue_requests": 20}
+        async with stack(configured({"assistant": {"tiers": tiers, "policy": QUICK}}, limits=limits)) as gateway:
+            await gateway.chat("assistant", max_tokens=1)
+            answers = Counter(await asyncio.gather(*(gateway.stream("assistant") for _ in range(100))))
+            assert answers.pop((200, ANSWER, None)) == 24
+            assert {status for status, _, _ in answers} == {503}
+            assert all("queue of 'assistant' is full" in str(error) for _, _, error in answers)
+            async with gateway.http.get(f"{gateway.pool.engines()[0].base_url}/log") as answer:
+                assert (await answer.json())["requests"] == 25, "the engine hears of no request that was refused"
+
+    run(scenario, 60)
+
+
+def test_a_tier_larger_than_the_memory_is_passed_over_or_refused() -> None:
+    async def scenario() -> None:
+        models = {"assistant": {"tiers": [fake_tier("bf16", memory=4096 * MIB), fake_tier("int4")]}}
+        async with stack(configured(models), memory=150 * MIB) as gateway:
+            status, headers, _ = await gateway.chat("assistant")
+            assert (status, headers["x-lowbit-tier"]) == (200, "int4")
+            status, _, body = await gateway.chat("assistant@bf16")
+            assert (status, body["error"]["code"]) == (503, "insufficient_memory")
+            assert len(gateway.pool.engines()) == 1
+
+    run(scenario, 60)
+
+
 def test_unused_engines_are_unloaded_and_come_back() -> None:
     async def scenario() -> None:
         models = {"assistant": {"tiers": [fake_tier("int4")], "policy": {"idle_unload": 0.5}}}

@@ -164,6 +164,17 @@ def test_a_stream_that_breaks_off_ends_with_an_error_and_no_done(fault: str) -> 
     run(scenario)
 
 
+def test_a_stream_cut_after_its_last_event_is_whole() -> None:
+    async def scenario() -> None:
+        async with gateway([Engine(fault="close_end")]) as bench:
+            text = await bench.stream("/v1/chat/completions", CHAT)
+            assert text.endswith("data: [DONE]\n\n")
+            assert "error" not in text
+            assert bench.pool.leases[0].reports[-1][0] == "done"
+
+    run(scenario)
+
+
 def test_killed_engine() -> None:
     async def scenario() -> None:
         async with (

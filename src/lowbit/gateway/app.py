@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -84,6 +85,8 @@ async def serve(app: web.Application, *, listening: Callable[[str, int], None] |
     try:
         site = web.TCPSite(runner, config.host, config.port, backlog=1024)
         await site.start()
+        gc.collect()
+        gc.freeze()  # what is there now stays; the collector need not walk it again and again
         if listening is not None:
             host, port = runner.addresses[0][:2]
             listening(host, port)

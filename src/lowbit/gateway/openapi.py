@@ -117,6 +117,8 @@ def _operation(route: web.AbstractRoute, path: str, keys: bool) -> dict[str, Any
         "summary": (route.handler.__doc__ or "").strip().partition("\n")[0].rstrip("."),
         "responses": {"200": _answer(path, body is not None), "default": {"$ref": "#/components/responses/Error"}},
     }
+    if path == "/ready":
+        operation["responses"]["503"] = {"description": "not yet", "content": {"application/json": {}}}
     if keys and path not in ("/health", "/ready"):
         operation["security"] = [{"key": []}]
     parameters = [

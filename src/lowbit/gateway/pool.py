@@ -173,6 +173,7 @@ class Pool:
         """Begin: what is pinned is loaded in the background."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+            cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0),
             auto_decompress=True,
         )

@@ -32,6 +32,7 @@ from lowbit.gateway.policy import Request
 from lowbit.gateway.protocol import Failure, Lease, PoolProtocol, RefusedError
 from lowbit.gateway.refusal import Refusal
 from lowbit.gateway.requests import LowbitOptions
+from lowbit.gateway.usage import counts, estimate, tail_usage
 from lowbit.gateway.wire import decode, encode
 
 __all__ = ["Answer", "Call", "EngineFailed", "Relay"]
@@ -125,7 +126,9 @@ class Answer:
                 tail = chunk if len(chunk) >= _TAIL else (tail + chunk)[-_TAIL:]
                 lease.progress()
         except (ClientError, OSError, asyncio.TimeoutError) as error:
-            raise self._broke(error) from error
+            if b"[DONE]" not in tail:
+                raise self._broke(error) from error
+            chunk = b""  # the answer went out to its end: the engine only did not close the stream
         self._finish(tail, events, last - first)
         if chunk:
             yield chunk
@@ -137,7 +140,7 @@ class Answer:
         if b"[DONE]" not in tail and b"response.completed" not in tail and not call.path.endswith("/responses"):
             return
         self.complete = True
-        call.prompt_tokens, call.completion_tokens = _usage(tail) or (0, max(1, events))
+        call.prompt_tokens, call.completion_tokens = tail_usage(tail) or (0, max(1, events))
         self._metrics.tokens(lease.model, lease.tier, call.prompt_tokens, call.completion_tokens)
         lease.done(call.completion_tokens, seconds)
 
@@ -204,7 +207,7 @@ class Relay:
         limit = self._limits.request_timeout
         deadline = arrived + min(limit, options.deadline or limit)
         call.deadline = call.started + deadline - arrived
-        tokens = _estimate(call.body)
+        tokens = estimate(call.body)
         request = self._request(call, tokens, deadline)
         exchange.permit = await self.gate.enter(call.model, call.key, tokens, options.priority, deadline)
         failure: EngineFailed | None = None
@@ -444,39 +447,4 @@ def _checked(body: bytes, lease: Lease) -> tuple[int, int]:
     if not isinstance(value, (dict, list)):
         raise EngineFailed("garbage", f"the engine of {lease.tier_id} answered with something that is no JSON")
     usage = value.get("usage") if isinstance(value, dict) else None
-    return _counts(usage) if isinstance(usage, dict) else (0, 0)
-
-
-def _usage(tail: bytes) -> tuple[int, int] | None:
-    """Prompt and completion tokens as the end of a stream tells them: in the last event before ``[DONE]``."""
-    end = tail.rfind(b"[DONE]")
-    last = tail[: end if end >= 0 else len(tail)].removesuffix(b"data: ").rstrip()
-    last = last[last.rfind(b"\n\n") + 1 :]
-    if b'"usage"' not in last and b'"timings"' not in last:
-        return None
-    try:
-        event = decode(last[last.index(b"{") :])
-    except ValueError:
-        return None
-    usage, timings = event.get("usage") or (event.get("response") or {}).get("usage"), event.get("timings")
-    if isinstance(usage, dict):
-        return _counts(usage)
-    if isinstance(timings, dict):
-        prompt = timings.get("prompt_n", 0) + (timings.get("cache_n") or 0)
-        return int(prompt), int(timings.get("predicted_n", 0))
-    return None
-
-
-def _counts(usage: Mapping[str, Any]) -> tuple[int, int]:
-    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
-    completion = usage.get("completion_tokens", usage.get("output_tokens"))
-    return prompt if isinstance(prompt, int) else 0, completion if isinstance(completion, int) else 0
-
-
-def _estimate(body: Mapping[str, Any]) -> int:
-    """Tokens that a request may cost, for queues and fairness: a quarter of its bytes, and its answer."""
-    answer = body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens") or 256
-    text = prompt_bytes(body)
-    if "input" in body or "documents" in body:
-        text, answer = len(str(body.get("input", body.get("documents")))), 0
-    return (text or 1024) // 4 + int(answer) * int(body.get("n") or 1) + 1
+    return counts(usage) if isinstance(usage, dict) else (0, 0)

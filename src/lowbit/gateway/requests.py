@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
 from lowbit.gateway.refusal import Refusal
@@ -31,10 +31,27 @@ __all__ = [
 MAX_DEPTH = 128
 """Levels of nesting in a body: well under where Python or an engine would run out of stack."""
 
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 7.0 is an integer."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list) and any(isinstance(each, float) for each in value):
+        value[:] = [_whole(each) for each in value]  # in the body, too: that is what the engine gets
+    return value
+
+
+WHOLE = BeforeValidator(_whole)
 NonEmpty = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Temperature: TypeAlias = Annotated[float, Field(ge=0, le=10)] | None
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)] | None
+TopK: TypeAlias = Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None
+RepetitionPenalty: TypeAlias = Annotated[float, Field(gt=0, le=100)] | None
+Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)] | None
+Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**64), WHOLE] | None
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE]
 Stop: TypeAlias = NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)] | None
-TokenIds = list[Annotated[int, Field(ge=0)]]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], WHOLE]
 Texts = Annotated[list[str], Field(min_length=1)]
 SomeTokenIds = Annotated[TokenIds, Field(min_length=1)]
 Prompt: TypeAlias = str | Texts | SomeTokenIds | Annotated[list[SomeTokenIds], Field(min_length=1)]
@@ -46,6 +63,39 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
+def _needs(one_of: Mapping[str, Any]) -> ConfigDict:
+    """For the description: a condition that a validator checks, as JSON schema says it."""
+    return ConfigDict(json_schema_extra=dict(one_of))
+
+
+def _given(name: str, kind: str = "object") -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"type": kind}}}
+
+
+def _absent(name: str) -> dict[str, Any]:
+    return {"properties": {name: {"type": "null"}}}
+
+
+_STREAMED = {"anyOf": [_absent("stream_options"), {"required": ["stream"], "properties": {"stream": {"const": True}}}]}
+_LOGGED = {
+    "anyOf": [
+        {"properties": {"top_logprobs": {"enum": [None, 0]}}},
+        {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+    ]
+}
+_TOOLED = {
+    "anyOf": [
+        {"properties": {"tool_choice": {"enum": [None, "none", "auto"]}}},
+        {
+            "required": ["tools"],
+            "properties": {"tool_choice": {"const": "required"}, "tools": {"type": "array", "minItems": 1}},
+        },
+        {"required": ["tools"], "properties": {"tool_choice": {"type": "object"}}},
+    ]
+}
+_CONTENT = {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}}
+
+
 class LowbitOptions(BaseModel):
     """The field ``lowbit`` of a request (``extra_body`` in the openai client): what the client asks of the gateway."""
 
@@ -53,9 +103,11 @@ class LowbitOptions(BaseModel):
 
     tier: NonEmpty | None = Field(default=None, description="name of a tier, like model@tier")
     precision: Literal["high", "medium", "low"] | None = Field(default=None, description="16 bit, 8 bit or 4 bit")
-    memory: Annotated[int, Field(gt=0)] | None = Field(default=None, description="most bytes that the tier may take")
+    memory: Annotated[int, Field(gt=0), WHOLE] | None = Field(
+        default=None, description="most bytes that the tier may take"
+    )
     speed: bool = Field(default=False, description="the fastest tier that fits rather than the most exact")
-    priority: Annotated[int, Field(ge=-10, le=10)] = Field(
+    priority: Annotated[int, Field(ge=-10, le=10), WHOLE] = Field(
         default=0, description="higher goes first among one key's requests"
     )
     deadline: Annotated[float, Field(gt=0, le=86400)] | None = Field(
@@ -72,16 +124,16 @@ class StreamOptions(Strict):
 class Sampling(Strict):
     """What every generation may ask of the sampler."""
 
-    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    temperature: Temperature = None
+    top_p: Share = None
+    top_k: TopK = None
+    min_p: Share = None
+    repetition_penalty: RepetitionPenalty = None
+    frequency_penalty: Penalty = None
+    presence_penalty: Penalty = None
+    seed: Seed = None
     stop: Stop = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     max_tokens: Positive | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream: bool | None = None
@@ -99,7 +151,7 @@ class Sampling(Strict):
 class ImageUrl(Strict):
     """Where an image is: a ``data:`` url, or an address if the gateway allows that."""
 
-    url: NonEmpty
+    url: Annotated[str, Field(min_length=1, json_schema_extra={"pattern": "^data:"})]
 
 
 class ContentPart(Strict):
@@ -114,14 +166,6 @@ class ContentPart(Strict):
         if self.type in ("text", "image_url") and getattr(self, self.type) is None:
             raise ValueError(f"a part of type {self.type!r} needs the field {self.type!r}")
         return self
-
-
-def _needs(one_of: Mapping[str, Any]) -> ConfigDict:
-    """For the description: a condition that a validator checks, as JSON schema says it."""
-    return ConfigDict(json_schema_extra=dict(one_of))
-
-
-_CONTENT = {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}}
 
 
 class Message(Strict):
@@ -180,6 +224,10 @@ class JsonSchema(Strict):
 class ResponseFormat(Strict):
     """Free text, any JSON, or JSON of a schema."""
 
+    model_config = _needs(
+        {"anyOf": [{"properties": {"type": {"enum": ["text", "json_object"]}}}, _given("json_schema")]}
+    )
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -193,11 +241,13 @@ class ResponseFormat(Strict):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
+    model_config = _needs({"allOf": [_STREAMED, _LOGGED, _TOOLED]})
+
     model: NonEmpty
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -220,13 +270,15 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
+    model_config = _needs(_STREAMED)
+
     model: NonEmpty
     prompt: Prompt
     suffix: str | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | bool | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = None
     lowbit: LowbitOptions | None = None
 
 
@@ -364,7 +416,11 @@ Request = TypeVar("Request", bound=Strict)
 def validate(kind: type[Request], body: dict[str, Any]) -> Request:
     """``body`` as an instance of ``kind``, or a 400 that names the first field at fault."""
     try:
-        return kind.model_validate(body)
+        parsed = kind.model_validate(body)
+        for name, number in body.items():
+            if type(number) is float and type(getattr(parsed, name, None)) is int:
+                body[name] = int(number)
+        return parsed
     except ValidationError as error:
         items = error.errors(include_url=False, include_input=False, include_context=False)
     first = items[0]

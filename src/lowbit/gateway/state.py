@@ -133,6 +133,8 @@ def _other_kind(name: str, kind: str, kinds: Mapping[str, str]) -> Refusal:
 
 def _only_model(pool: PoolProtocol, kind: str | None) -> str:
     models: list[ModelInfo] = [model for model in pool.models() if kind is None or model.kind == kind]
+    if kind is None and len(models) > 1:
+        models = [model for model in models if model.kind == "chat"] or models
     if len(models) != 1:
         names = ", ".join(model.name for model in models) or "none"
         raise Refusal(400, f"model: name one of {names}", param="model", code="missing_model")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from aiohttp import web
 
 from lowbit.gateway.events import data_event
 from lowbit.gateway.relay import Call
-from lowbit.gateway.requests import Prompt, Strict, validate
+from lowbit.gateway.requests import WHOLE, NonEmpty, Prompt, Strict, validate
 from lowbit.gateway.routes.translate import COMPLETIONS, Piece, ask, send_stream, whole
 from lowbit.gateway.state import STATE, read_json
 
@@ -22,8 +22,8 @@ class LlamaCompletion(Strict):
     """POST /completion; further fields are those of the sampler and pass as they are."""
 
     prompt: Prompt
-    model: str | None = None
-    n_predict: int | None = None
+    model: NonEmpty | None = None
+    n_predict: Annotated[int, WHOLE] | None = None
     stream: bool | None = None
 
 

@@ -14,7 +14,21 @@ from pydantic import Field
 from lowbit import __version__
 from lowbit.gateway.protocol import ModelInfo, RefusedError, TierInfo
 from lowbit.gateway.relay import Call
-from lowbit.gateway.requests import EmbeddingRequest, NonEmpty, Strict, validate
+from lowbit.gateway.requests import (
+    WHOLE,
+    EmbeddingRequest,
+    NonEmpty,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    Share,
+    Stop,
+    Strict,
+    Temperature,
+    Tool,
+    TopK,
+    validate,
+)
 from lowbit.gateway.routes.translate import CHAT, COMPLETIONS, Piece, ask, send_stream, taken, whole
 from lowbit.gateway.state import STATE, read_json, start_call
 
@@ -42,14 +56,29 @@ class OllamaMessage(Strict):
     tool_calls: list[dict[str, Any]] | None = None
 
 
+class OllamaOptions(Strict):
+    """Sampling, in Ollama's names; the others (``num_ctx`` …) are the server's affair."""
+
+    temperature: Temperature = None
+    top_p: Share = None
+    top_k: TopK = None
+    min_p: Share = None
+    seed: Seed = None
+    stop: Stop = None
+    repeat_penalty: RepetitionPenalty = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
+    num_predict: Annotated[int, WHOLE] | None = None
+
+
 class OllamaChat(Strict):
     """POST /api/chat."""
 
     model: NonEmpty
     messages: Annotated[list[OllamaMessage], Field(min_length=1)]
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[Tool], Field(max_length=512)] | None = None
     format: Literal["json", ""] | dict[str, Any] | None = None
-    options: dict[str, Any] | None = None
+    options: OllamaOptions | None = None
     stream: bool | None = None
 
 
@@ -62,7 +91,7 @@ class OllamaGenerate(Strict):
     suffix: str | None = None
     images: list[str] | None = None
     format: Literal["json", ""] | dict[str, Any] | None = None
-    options: dict[str, Any] | None = None
+    options: OllamaOptions | None = None
     stream: bool | None = None
     raw: bool | None = None
 
@@ -83,11 +112,12 @@ class OllamaShow(Strict):
 
 async def chat(request: web.Request) -> web.StreamResponse:
     """A chat's next message, line by line."""
-    parsed = validate(OllamaChat, await read_json(request))
+    raw = await read_json(request)
+    parsed = validate(OllamaChat, raw)
     body = {
         "model": _name(request, parsed.model),
         "messages": [_message(message) for message in parsed.messages],
-        "tools": parsed.tools or None,
+        "tools": raw.get("tools") or None,
         **_format(parsed.format),
         **_sampling(parsed.options),
     }
@@ -198,10 +228,10 @@ def _format(form: str | dict[str, Any] | None) -> dict[str, Any]:
     return {"response_format": {"type": "json_object"}} if form == "json" else {}
 
 
-def _sampling(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    given = options or {}
-    limit = given.get("num_predict")
-    return taken(given, _OPTIONS) | ({"max_tokens": limit} if isinstance(limit, int) and limit > 0 else {})
+def _sampling(options: OllamaOptions | None) -> dict[str, Any]:
+    given = options.model_dump(exclude_none=True) if options else {}
+    limit = given.get("num_predict", 0)
+    return taken(given, _OPTIONS) | ({"max_tokens": limit} if limit > 0 else {})
 
 
 def _name(request: web.Request, name: str) -> str:

@@ -11,7 +11,18 @@ from pydantic import Field
 from lowbit import __version__
 from lowbit.gateway.events import data_event
 from lowbit.gateway.relay import Call
-from lowbit.gateway.requests import Strict, validate
+from lowbit.gateway.requests import (
+    NonEmpty,
+    Penalty,
+    Positive,
+    RepetitionPenalty,
+    Seed,
+    Share,
+    Strict,
+    Temperature,
+    TopK,
+    validate,
+)
 from lowbit.gateway.routes.translate import COMPLETIONS, Piece, ask, send_stream, taken, whole
 from lowbit.gateway.state import STATE, read_json
 
@@ -32,11 +43,17 @@ _PARAMETERS = {
 class TgiParameters(Strict):
     """Sampling, in TGI's names."""
 
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_new_tokens: Positive | None = None
     do_sample: bool | None = None
+    temperature: Temperature = None
+    top_p: Share = None
+    top_k: TopK = None
+    repetition_penalty: RepetitionPenalty = None
+    frequency_penalty: Penalty = None
+    seed: Seed = None
     details: bool | None = None
     return_full_text: bool | None = None
-    stop: list[str] | None = None
+    stop: Annotated[list[NonEmpty], Field(max_length=16)] | None = None
 
 
 class TgiGenerate(Strict):
@@ -44,7 +61,7 @@ class TgiGenerate(Strict):
 
     inputs: Annotated[str, Field(min_length=1)]
     parameters: TgiParameters | None = None
-    model: str | None = None
+    model: NonEmpty | None = None
     stream: bool | None = None
 
 
