@@ -65,6 +65,44 @@ def test_every_engine_takes_a_setting_or_says_why_not(engine: str, setting: str)
     assert all(isinstance(value, str) for value in environment.values())
 
 
+RECORDED: dict[str, str] = {
+    # SGLang's docs/advanced_features/server_arguments.md @ 004813e1, and launches in public repositories
+    "sglang": """--model-path --served-model-name --host --port --context-length --max-running-requests --kv-cache-dtype
+        --disable-radix-cache --enable-hierarchical-cache --hicache-size --cpu-offload-gb --tp-size --pp-size
+        --speculative-algorithm --speculative-draft-model-path --speculative-num-draft-tokens --mem-fraction-static""",
+    # LMDeploy's lmdeploy/cli/serve.py and cli/utils.py @ 00596da9
+    "lmdeploy": """--server-name --server-port --model-name --session-len --max-batch-size --quant-policy --tp
+        --enable-prefix-caching --cache-max-entry-count""",
+    # TensorRT-LLM's tensorrt_llm/commands/serve.py @ 00209af1
+    "tensorrt-llm": """--host --port --max_seq_len --max_batch_size --tp_size --pp_size
+        --kv_cache_free_gpu_memory_fraction --extra_llm_api_options""",
+    # TGI's docs/source/reference/launcher.md @ 032fc4c4
+    "tgi": """--model-id --hostname --port --max-total-tokens --max-concurrent-requests --kv-cache-dtype --num-shard
+        --cuda-memory-fraction --speculate""",
+    "ollama": "OLLAMA_HOST OLLAMA_CONTEXT_LENGTH OLLAMA_NUM_PARALLEL OLLAMA_KV_CACHE_TYPE",
+    # mistral.rs's reference of `mistralrs serve`, 2026
+    "mistral.rs": "--host --port -m --max-seqs",
+    # MLC's python/mlc_llm/cli/serve.py @ 01ced331
+    "mlc": "--host --port --overrides --prefix-cache-mode --additional-models --speculative-mode",
+}
+"""Options of engines that are not installed here, as their own sources name them."""
+
+
+@pytest.mark.parametrize("engine", RECORDED)
+def test_engines_elsewhere_are_told_only_what_their_own_sources_name(engine: str) -> None:
+    profile = ENGINES[engine]
+    taken = {name: value for name, value in EVERY.items() if not profile.refused.get(name)}
+    taken |= {"kv_dtype": "fp8"} if "kv_dtype" in taken and engine == "tgi" else {}
+    known = {*profile.options, *profile.environment, "threads"}
+    flags = EngineFlags(**{name: value for name, value in taken.items() if name in known})
+    command, environment = build_command(profile, "MODEL", "NAME", flags, "python")
+    own = command[2:] if command[0] == "python" else command  # without Python's -m
+    told = {part.partition("=")[0] for part in own if part.startswith(("-", "OLLAMA_"))} | set(environment)
+    assert told <= set(RECORDED[engine].split()), engine
+    assert len(told) >= 4
+    assert "{port}" in " ".join(command)
+
+
 def test_vllm() -> None:
     flags = EngineFlags(
         context=8192, concurrency=16, kv_dtype="fp8", prefix_caching=False, cpu_offload=3 * 1024**3,
