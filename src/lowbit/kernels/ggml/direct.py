@@ -304,15 +304,22 @@ def _weighted_refit(
     for block in range(tried.shape[0]):
         step, inverse = tried[block], inverses[block]
         for j in range(lanes):
-            error, cross, square = _ZERO, _ZERO, _ZERO
-            for k in range(_SIZE // _LANES):
-                value, share = x[block * _SIZE + k * _LANES + j], shares[block * _SIZE + k * _LANES + j]
-                code = min(max(np.rint(value * inverse), low), high)
-                miss = value - step * code
-                weighted = share * code
-                error += share * miss * miss
-                cross += weighted * miss
-                square += weighted * code
+            # four at a time by hand: a loop inside would keep the one around it from vectorising
+            at = block * _SIZE + j
+            a, b, c, d = x[at], x[at + _LANES], x[at + 2 * _LANES], x[at + 3 * _LANES]
+            share_a, share_b = shares[at], shares[at + _LANES]
+            share_c, share_d = shares[at + 2 * _LANES], shares[at + 3 * _LANES]
+            code_a = min(max(np.rint(a * inverse), low), high)
+            code_b = min(max(np.rint(b * inverse), low), high)
+            code_c = min(max(np.rint(c * inverse), low), high)
+            code_d = min(max(np.rint(d * inverse), low), high)
+            miss_a, miss_b, miss_c, miss_d = a - step * code_a, b - step * code_b, c - step * code_c, d - step * code_d
+            error = (share_a * miss_a * miss_a + share_b * miss_b * miss_b) + (
+                share_c * miss_c * miss_c + share_d * miss_d * miss_d
+            )
+            share_a, share_b, share_c, share_d = share_a * code_a, share_b * code_b, share_c * code_c, share_d * code_d
+            cross = (share_a * miss_a + share_b * miss_b) + (share_c * miss_c + share_d * miss_d)
+            square = (share_a * code_a + share_b * code_b) + (share_c * code_c + share_d * code_d)
             errors[block * _LANES + j] = error
             crossed[block * _LANES + j] = cross
             squares[block * _LANES + j] = square

@@ -28,7 +28,7 @@ _TINY = np.float32(1e-37)
 _HALF = np.float32(0.5)
 _INFINITE = np.float32(np.inf)
 _ONES = np.ones(_CHUNK, np.float32)
-_PLACES = np.geomspace(1.0, 5.0, 9).astype(np.float32)
+_PLACES = np.geomspace(1.2, 4.2, 5).astype(np.float32)
 """Where the weight of greatest magnitude is tried, in units of the scale."""
 _LARGEST = np.float32(12.0)
 """The greatest level of MXFP4; the levels are those of E2M1, doubled."""
@@ -91,12 +91,11 @@ def _ternary_scale(y: Any, share: Any, lanes: int, inside: Any, count: Any) -> A
     """The scale of least error for magnitudes ``y``: those above half of it get it, the others 0."""
     # by the bits: an integer maximum vectorises
     bits = y.view(np.int32)
-    at, most = 0, _NONE
+    most = _NONE
     for i in range(bits.shape[0]):
         most = max(most, bits[i])
-    for i in range(bits.shape[0]):
-        at = i if bits[i] == most else at
-    top = y[at]
+    count.view(np.int32)[0] = most
+    top = count[0]
     best, scale = _ZERO, _ZERO
     for trial in range(len(_PLACES) + 2):
         edge = _HALF * (top / _PLACES[trial] if trial < len(_PLACES) else scale)
@@ -215,12 +214,12 @@ def _level_errors(
     for block in range(places.shape[0]):
         inverse = inverses[block]
         for j in range(lanes):
-            error = _ZERO
-            for k in range(size // _LANES):
-                value = y[block * size + k * _LANES + j] * inverse
-                miss = value - _level(value)
-                error += shares[block * size + k * _LANES + j] * miss * miss
-            partial[block * _LANES + j] = error
+            at = block * size + j
+            a, b = y[at] * inverse, y[at + _LANES] * inverse
+            c, d = y[at + 2 * _LANES] * inverse, y[at + 3 * _LANES] * inverse
+            a, b, c, d = a - _level(a), b - _level(b), c - _level(c), d - _level(d)
+            upper = shares[at] * a * a + shares[at + _LANES] * b * b
+            partial[block * _LANES + j] = upper + (shares[at + 2 * _LANES] * c * c + shares[at + 3 * _LANES] * d * d)
     for block in range(places.shape[0]):
         error = partial[block * _LANES]
         for j in range(1, _LANES):
