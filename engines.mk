@@ -5,7 +5,7 @@ ENVIRONMENT  := $(BIN)/python tests/engines/environments.py
 ENGINE_MODEL ?= demo
 BENCH        ?=
 
-.PHONY: docs pictures test-ray test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-memory bench-gateway bench-gguf test-llamacpp test-backup test-alerts test-deploy test-bitsandbytes test-hqq bench-accuracy
+.PHONY: docs pictures test-ray test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-memory bench-gateway bench-gguf bench-tune test-llamacpp test-backup test-alerts test-deploy test-bitsandbytes test-hqq bench-accuracy
 
 test-engines: test-transformers test-gptqmodel test-bitsandbytes test-hqq test-vllm  ## Every checkpoint format in every engine
 
@@ -45,6 +45,9 @@ bench-memory: $(VENV)/.installed-dev  ## Predicted against measured memory: file
 test-llamacpp: $(VENV)/.installed-dev  ## The types of GGUF mixes against those that llama.cpp chooses
 	$(ENVIRONMENT) llamacpp
 	$(BIN)/python tests/engines/mixes_check.py
+
+bench-tune: $(VENV)/.installed-dev  ## What tuned settings gain over the defaults
+	$(BIN)/python benchmarks/tune.py $(BENCH)
 
 bench-gguf: $(VENV)/.installed-dev  ## GGUF files beside llama.cpp's own: accuracy, time, memory
 	$(BIN)/python benchmarks/gguf_files.py $(BENCH)

@@ -24,8 +24,8 @@ LOWBIT = [sys.executable, "-m", "lowbit"]
 CASES: dict[str, list[str]] = {
     "demo": ["--concurrency", "8", "--prompt-tokens", "128", "--output-tokens", "64", "--dedicated"],
     "1.1b": [
-        *("--concurrency", "4", "--prompt-tokens", "32", "--output-tokens", "16", "--dedicated"),
-        *("--settings", "threads,concurrency,flash_attention,spin"),
+        *("--concurrency", "4", "--prompt-tokens", "16", "--output-tokens", "16", "--dedicated"),
+        *("--settings", "concurrency,flash_attention,spin"),
     ],
 }
 """The workload of each model."""

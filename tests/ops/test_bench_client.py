@@ -230,6 +230,32 @@ def test_the_verb_against_a_server(fake_url: str, tmp_path: Path, capsys: pytest
     assert "too few repeats" in capsys.readouterr().out
 
 
+def test_a_server_that_fails_every_request(fake_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from urllib.request import Request as Post
+    from urllib.request import urlopen
+
+    command = [
+        "bench",
+        "--url",
+        fake_url,
+        "--model",
+        "fake",
+        "--rate",
+        "50",
+        "--requests",
+        "4",
+        "--quiet",
+        "--warmup",
+        "0",
+    ]
+    fault = json.dumps({"kind": "error503"}).encode()
+    with urlopen(Post(f"{fake_url}/fault", fault, {"Content-Type": "application/json"})):
+        pass
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "503" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -260,6 +260,8 @@ def test_the_real_engine_is_tuned(
     """The file holds the winner where that beat the default, and else is as it was."""
     pytest.importorskip("xllamacpp")
     monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lowbit.ops.tune_search.MOST_ROUNDS", 1)
+    monkeypatch.setattr("lowbit.ops.tune._MOST_PAIRS", 5)
     config = tmp_path / "config.yaml"
     config.write_text(
         "models:\n  demo:\n    tiers:\n      - name: x   # slow\n        path: demo\n        concurrency: 1\n"
@@ -267,7 +269,7 @@ def test_the_real_engine_is_tuned(
     )
     command = ["tune", str(config), "--concurrency", "1", "--prompt-tokens", "16", "--output-tokens", "4"]
     command += ["--requests", "4"]
-    command += ["--settings", "flash_attention", "--budget", "60s", "--json", str(tmp_path / "t.json"), "--quiet"]
+    command += ["--settings", "flash_attention", "--budget", "4m", "--json", str(tmp_path / "t.json"), "--quiet"]
     assert main(command) == 0
     found = json.loads((tmp_path / "t.json").read_text())
     assert found["winner"].startswith("flash_attention")

@@ -84,12 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     _check(arguments)
     bench = asyncio.run(_measure(arguments, settings))
-    _write(bench, arguments)
-    if arguments.json != "-":
-        show(bench)
     failed = sum(sum(each.failures.values()) for each in bench.runs)
     if bench.kind == "serving" and failed == sum(len(each.requests) for each in bench.runs):
         raise UsageError("not one request was answered: " + next(iter(bench.runs[0].failures), "no arrivals in time"))
+    _write(bench, arguments)
+    if arguments.json != "-":
+        show(bench)
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure as Picture
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lowbit.evaluation.plots import LIGHT
 from lowbit.ops.bench_results import Bench, Run, write_file
@@ -85,7 +85,7 @@ def _tradeoff(runs: Sequence[Run]) -> Picture | None:
     for run in known:
         speed = run.figures["decode"].median
         value = divergences[run.name]
-        color = LIGHT.baseline if value is None else LIGHT.palette[0]
+        color = LIGHT.palette[0] if value else LIGHT.baseline  # a zero has no place on this axis: grey, at the bottom
         place = (run.facts["bits_per_weight"], value or floor)
         axes.scatter(*place, s=700 * speed / fastest, color=color, alpha=0.35, linewidth=0)
         axes.scatter(*place, s=14, color=color)
@@ -93,7 +93,7 @@ def _tradeoff(runs: Sequence[Run]) -> Picture | None:
         axes.annotate(f"{run.name}\n{speed:.4g} tokens/s, {quality}", place, xytext=(14, 0), fontsize=8,
                       textcoords="offset points", va="center", color=LIGHT.text)  # fmt: skip
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _plain_log(axes.yaxis, steps=(1.0,))
     axes.margins(x=0.35, y=0.3)
     axes.set_xlabel("bits per weight", color=LIGHT.muted)
     axes.set_ylabel("KL divergence from the original (nats)", color=LIGHT.muted)
@@ -120,7 +120,7 @@ def _load(bench: Bench) -> Picture:
         if objective is not None:
             axes.axhline(objective, color=LIGHT.baseline, linestyle="--", linewidth=1, label="objective")
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _plain_log(axes.yaxis)
         axes.set_title(title, loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=8)
     axes = picture.axes[3]
@@ -145,6 +145,13 @@ def _line(axes: Any, loads: Sequence[float], figures: Sequence[Figure], color: s
             yerr=_whiskers([figure for _, figure in points], 1.0), color=color, marker="o", markersize=4,
             linewidth=1.6, capsize=2, elinewidth=1, label=label,
         )  # fmt: skip
+
+
+def _plain_log(axis: Any, steps: Sequence[float] = (1.0, 2.0, 5.0)) -> None:
+    """Ticks at ``steps`` of each power of ten, written out."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _whiskers(figures: Sequence[Figure], factor: float) -> list[list[float]]:

@@ -206,7 +206,9 @@ def forecast(replica: Replica, work: Work, replicas: int, objectives: Objectives
     waiting = sum(chances[replicas * slots :])
     shrink = _averaging(chances, leaving, work.rate, under_way)
     totals = list(accumulate(chances))
-    met = _Met(replica, work, replicas, slots, totals, under_way, waiting, capacity - work.rate, shrink)
+    steps = [_shared_step(replica, min(count + 1, replicas * slots), replicas) for count in range(len(chances))]
+    mean_step = sum(step * chance for step, chance in zip(steps, chances, strict=True))
+    met = _Met(replica, work, replicas, slots, totals, steps, mean_step, waiting, capacity - work.rate, shrink)
     requests = [met.request(place) for place in _places()]
     ttfts, tpots = [each[0] for each in requests], [each[1] for each in requests]
     attained = fmean(
@@ -223,14 +225,16 @@ def forecast(replica: Replica, work: Work, replicas: int, objectives: Objectives
 
 @dataclass(frozen=True, slots=True)
 class _Met:
-    """What a request meets in the steady state; ``totals`` are cumulated chances of each number under way."""
+    """What a request meets in the steady state: by the number under way, ``totals`` are cumulated chances, ``steps``
+    the decoding step of a newcomer; ``mean_step`` is its mean."""
 
     replica: Replica
     work: Work
     replicas: int
     slots: int
     totals: Sequence[float]
-    under_way: float
+    steps: Sequence[float]
+    mean_step: float
     waiting: float
     drain: float
     shrink: float
@@ -248,16 +252,21 @@ class _Met:
         head = 0.0 if place[1] <= 1 - clash else math.log(clash / (1 - place[1])) * prefill / 2 / (1 - clash)
         left = place[2] * replica.step(together) if count >= self.replicas else 0.0
         ttft = wait + head + left + replica.prefill(prompt)
-        centre = min(float(self.slots), 1 + self.under_way / self.replicas)
-        lasting = centre + (min(self.slots, 1 + count / self.replicas) - centre) * self.shrink
-        step = replica.step(lasting)
+        step = self.mean_step + (self.steps[count] - self.mean_step) * self.shrink
         # while it decodes, prompts of others are computed: a Poisson number of them, of about this mean and spread
         plain = max(1, output - 1) * step
         prompts = rate * plain / (1 - clash)
-        share = min(1.0, lasting / centre)
+        share = min(1.0, step / self.mean_step)
         spread = math.sqrt(prompts) * (_NORMAL.inv_cdf(min(1 - 1e-9, max(1e-9, place[5]))))
         tpot = (plain + max(0.0, prompts * share + spread) * prefill) / max(1, output - 1)
         return ttft, tpot, ttft + tpot * max(0, output - 1)
+
+
+def _shared_step(replica: Replica, count: int, replicas: int) -> float:
+    """The decoding step that one of ``count`` requests, spread evenly, has with those on its replica, in the mean."""
+    low, more = divmod(count, replicas)
+    fuller = more * (low + 1) * replica.step(low + 1)
+    return (fuller + (replicas - more) * low * replica.step(max(1, low))) / count
 
 
 def _averaging(chances: Sequence[float], leaving: Sequence[float], rate: float, mean: float) -> float:
