@@ -235,7 +235,9 @@ def _peer(system: System, source: Path, out: Path, work: Path, threads: int) -> 
     if built.returncode:
         return f"its environment {system.environment} could not be built"
     python = Path(built.stdout.strip().splitlines()[-1])
-    call: list[Any] = [python, PEERS / str(system.script), source, out, *system.arguments, "--threads", threads]
+    partial = work / f"partial-{out.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    call: list[Any] = [python, PEERS / str(system.script), source, partial, *system.arguments, "--threads", threads]
     if system.environment == "llamacpp":
         call[2] = work / "source.gguf"
         call += ["--imatrix", work / "imatrix.gguf"]
@@ -247,11 +249,17 @@ def _peer(system: System, source: Path, out: Path, work: Path, threads: int) -> 
         done = subprocess.run(
             [str(part) for part in call], stdout=sink, stderr=subprocess.STDOUT, env=environment, check=False
         )
-    if done.returncode or not out.exists():
+    if done.returncode or not partial.exists():
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        shutil.rmtree(out, ignore_errors=True)
         return f"failed: {lines[-1].strip()[:160] if lines else done.returncode}"
-    return out
+    return _home(partial).rename(out)
+
+
+def _home(partial: Path) -> Path:
+    """Where the checkpoint is: some peers write into a folder of their own below the one they were given."""
+    if partial.is_file() or (partial / "config.json").exists():
+        return partial
+    return next((found.parent for found in sorted(partial.rglob("config.json"))), partial)
 
 
 def _measure(made: dict[tuple[str, str], Path], source: Path, bits: dict[str, int]) -> list[Figure]:

@@ -27,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -43,7 +43,6 @@ def main() -> None:
     )
     quantized = time.perf_counter()
     model.save_pretrained(options.out)
-    AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out)
     saved = time.perf_counter()
     phases = {"import": imported - START, "load and quantize": quantized - imported, "save": saved - quantized}
     print(json.dumps({"phases": phases, "versions": {name: version(name) for name in ("bitsandbytes", "torch")}}))
