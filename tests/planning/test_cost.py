@@ -76,6 +76,30 @@ def test_memory_of_the_1b_and_8b_shapes_is_bounded() -> None:
     assert prediction.peak_bytes < 6 * 2**30
 
 
+# Highest resident MiB of `lowbit quantize` with 32 x 512 tokens (benchmarks/memory.py, benchmarks/quantize.py): method,
+# hidden, ffn, key-value width, blocks, whether states were kept.
+PEAKS = [
+    ("rtn", 256, 512, 128, 5, True, 548),
+    ("gptq", 256, 512, 128, 5, True, 702),
+    ("awq", 256, 512, 128, 5, True, 613),
+    ("rtn", 2048, 5632, 256, 1, True, 922),
+    ("gptq", 2048, 5632, 256, 1, True, 2533),
+    ("gptq", 2048, 5632, 256, 3, True, 2578),
+    ("awq", 2048, 5632, 256, 1, True, 2268),
+    ("gptq", 4096, 14336, 1024, 1, True, 6726),
+    ("gptq", 4096, 14336, 1024, 1, False, 5102),
+]
+
+
+@pytest.mark.parametrize(("method", "hidden", "ffn", "kv", "blocks", "kept", "measured"), PEAKS)
+def test_peaks_that_were_measured(
+    method: str, hidden: int, ffn: int, kv: int, blocks: int, kept: bool, measured: int
+) -> None:
+    work = Workload(32, 512, hidden, heads=hidden // 64, head_dim=64, keep_states=kept)
+    modules = llama(blocks, method, hidden, ffn, kv)
+    assert predict(modules, groups(blocks), work, RATE).peak_bytes / 2**20 == pytest.approx(measured, rel=0.1)
+
+
 def test_keeping_states_costs_memory_and_saves_time() -> None:
     kept = predict(llama(), groups(), WORK, RATE)
     again = predict(llama(), groups(), replace(WORK, keep_states=False), RATE)

@@ -6,17 +6,20 @@ attention goes through transformers' own interface. :func:`measure_cache` compar
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
+from torch import nn
 
 from lowbit.checkpoint.layers import LayerState
 from lowbit.errors import UnsupportedError
+from lowbit.pipeline.kv_scales import intercepted_attention
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.store import ActivationStore
 from lowbit.pipeline.streamed import StreamedModel
@@ -51,19 +54,24 @@ def _fp8(vectors: torch.Tensor) -> torch.Tensor:
 
 def _q8_0(vectors: torch.Tensor) -> torch.Tensor:
     """Blocks of 32: 8 bits and a float16 scale, the largest magnitude over 127."""
-    blocks = vectors.float().unflatten(-1, (-1, 32))
+    blocks = _parts(vectors, 32)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.where(scale > 0, blocks / scale, 0.0).round()
-    return (codes * scale.half().float()).flatten(-2).to(vectors.dtype)
+    return (codes * scale.half().float()).reshape(vectors.shape).to(vectors.dtype)
 
 
 def _q4_0(vectors: torch.Tensor) -> torch.Tensor:
     """Blocks of 32: codes -8 to 7 and a float16 scale such that the value of largest magnitude becomes -8."""
-    blocks = vectors.float().unflatten(-1, (-1, 32))
+    blocks = _parts(vectors, 32)
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = largest / -8
     codes = torch.where(scale != 0, blocks / scale + 8.5, 8.0).trunc().clamp(max=15) - 8
-    return (codes * scale.half().float()).flatten(-2).to(vectors.dtype)
+    return (codes * scale.half().float()).reshape(vectors.shape).to(vectors.dtype)
+
+
+def _parts(vectors: torch.Tensor, size: int) -> torch.Tensor:
+    """float32 ``[..., dim / size, size]``."""
+    return vectors.float().reshape(*vectors.shape[:-1], -1, size)
 
 
 def _rotated(rounding: Rounding, *, whole: bool) -> Rounding:
@@ -76,8 +84,8 @@ def _rotated(rounding: Rounding, *, whole: bool) -> Rounding:
             return rounding(vectors)
         size = length & -length if whole else _ROTATED
         matrix = _hadamard(size, vectors.device)
-        turned = (vectors.float().unflatten(-1, (-1, size)) @ matrix).flatten(-2)
-        return (rounding(turned).unflatten(-1, (-1, size)) @ matrix).flatten(-2).to(vectors.dtype)
+        turned = (_parts(vectors, size) @ matrix).reshape(vectors.shape)
+        return (_parts(rounding(turned), size) @ matrix).reshape(vectors.shape).to(vectors.dtype)
 
     return apply
 
@@ -87,7 +95,7 @@ def _hadamard(size: int, device: torch.device) -> torch.Tensor:
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix / size**0.5
+    return matrix.div_(math.sqrt(size))
 
 
 SIMULATED: Mapping[str, CacheFormat] = {
@@ -107,27 +115,14 @@ def simulated_cache(format: CacheFormat) -> Iterator[list[int]]:
 
     Yields a list whose one number counts the calls. Not for several threads at once.
     """
-    from transformers.modeling_utils import AttentionInterface
-
-    original = AttentionInterface.get_interface
     calls = [0]
 
-    def get_interface(self: Any, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        attend = original(self, *arguments, **named)
+    def through_cache(_: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls[0] += 1
+        return format.key(key), format.value(value)
 
-        def through_cache(
-            module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **others: Any
-        ) -> Any:
-            calls[0] += 1
-            return attend(module, query, format.key(key), format.value(value), *rest, **others)
-
-        return through_cache
-
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
-    try:
+    with intercepted_attention(through_cache):
         yield calls
-    finally:
-        AttentionInterface.get_interface = original  # type: ignore[method-assign]
 
 
 @torch.no_grad()
@@ -185,7 +180,7 @@ def measure_cache(
     return dict(zip((entry.name for entry in usable), found, strict=True))
 
 
-def _through(model: StreamedModel, block: torch.nn.Module, index: int, store: ActivationStore, batch: int) -> None:
+def _through(model: StreamedModel, block: nn.Module, index: int, store: ActivationStore, batch: int) -> None:
     for first in range(0, store.shape[0], batch):
         store.write(first, model.run_block(block, index, store.read(first, batch)))
 

@@ -135,7 +135,7 @@ def fit(
     )  # fmt: skip
     plots: tuple[Path, ...] = ()
     if report is not None:
-        plots = draw_fit(Path(report), measurement, chosen, curve(measurement), result.quality)
+        plots = draw_fit(Path(report), measurement, chosen, curve(measurement, chosen.bytes), result.quality)
     return FitResult(chosen, chosen.divergence, result, measurement, plots, serving)
 
 
@@ -162,13 +162,14 @@ def _with_caches(
     return measurement, ""
 
 
-def curve(measurement: Measurement) -> list[Fit]:
-    """The best choice at budgets from the smallest to the largest."""
+def curve(measurement: Measurement, most: int = 0) -> list[Fit]:
+    """The best choice at budgets from the smallest to the largest with quantized weights, or to ``most`` bytes."""
     least = sum(min(one.bytes for one in group.candidates.values()) for group in measurement.groups)
     largest = sum(
         max(one.bytes for name, one in group.candidates.items() if name not in UNTOUCHED)
         for group in measurement.groups
     )
+    largest = max(largest, most - measurement.other_bytes)
     budgets = [least + (largest - least) * i // (CURVE_POINTS - 1) for i in range(CURVE_POINTS)]
     return [choose(measurement, total_bytes=measurement.other_bytes + budget) for budget in budgets]
 

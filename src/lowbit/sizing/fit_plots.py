@@ -15,6 +15,8 @@ from lowbit.formats.ggml import GGML_TYPES
 from lowbit.pipeline.fit import UNTOUCHED, Fit, Measurement
 
 _BLOCK = re.compile(r"^(.*?\.)?(\d+)\.(.*)$")
+_NAME_WIDTH = 0.6
+"""Bits per weight that a name takes on the axis."""
 _EXPERT = re.compile(r"experts\.\d+\.")
 
 
@@ -41,10 +43,14 @@ def _pareto(measurement: Measurement, chosen: Fit, curve: Sequence[Fit], quality
         [one.bits_per_weight for one in shown], [one.divergence for one in shown],
         color=LIGHT.palette[0], label="best choice per module (predicted)",
     )  # fmt: skip
-    for index, (name, bits, divergence) in enumerate(_uniform(measurement)):
+    uniform = sorted(_uniform(measurement), key=lambda entry: entry[1])
+    for index, (name, bits, divergence) in enumerate(uniform):
         label = "the same for all modules (predicted)" if index == 0 else None
         axes.plot(bits, divergence, "s", color=LIGHT.baseline, label=label)
-        axes.annotate(name, (bits, divergence), xytext=(7, -3), textcoords="offset points", fontsize=8)
+        # A name goes to the left of its mark where the next mark is too near for it.
+        crowded = index + 1 < len(uniform) and uniform[index + 1][1] - bits < _NAME_WIDTH
+        place: dict[str, Any] = {"xytext": (-7, 3), "ha": "right"} if crowded else {"xytext": (7, -3)}
+        axes.annotate(name, (bits, divergence), textcoords="offset points", fontsize=8, **place)
     axes.plot(chosen.bits_per_weight, chosen.divergence, "o", ms=11, mfc="none", color=LIGHT.palette[1], label="chosen")
     if quality is not None and quality.get("kl_divergence"):
         axes.plot(
