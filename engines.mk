@@ -78,3 +78,12 @@ $(ENGINES)/.made: $(VENV)/.installed-dev $(shell find src -name '*.py') $(wildca
 test-ray: $(VENV)/.installed-dev  ## Serving on a Ray cluster of several nodes on this machine
 	$(ENVIRONMENT) ray
 	.venvs/ray/bin/python -m pytest -q -p no:cacheprovider tests/engines/ray_check.py
+
+.PHONY: test-clients soak
+test-clients: $(VENV)/.installed-dev  ## LangChain, schemathesis and lm-eval against the gateway
+	$(ENVIRONMENT) clients
+	LOWBIT_PYTHON=$(abspath $(BIN))/python .venvs/clients/bin/python -m pytest -q -c /dev/null --rootdir tests/clients \
+		--confcutdir tests/clients --import-mode=importlib -o python_files='*_check.py' tests/clients
+
+soak: $(VENV)/.installed-dev  ## Minutes of load and faults on the gateway: SOAK='--minutes 5'
+	$(BIN)/python tests/gateway/soak.py $(SOAK)
