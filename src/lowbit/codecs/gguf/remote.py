@@ -123,9 +123,7 @@ def _chosen(repo: str, tag: str | None, listed: Mapping[str, object]) -> str | N
         if not found:
             raise CheckpointError(f"{repo}:{tag}: the hub model has no GGUF file of that name: {_offered(listed)}")
         if len(found) > 1:
-            raise CheckpointError(
-                f"{repo}:{tag}: {len(found)} files have that name: say which, as {repo}/{found[0]}"
-            )
+            raise CheckpointError(f"{repo}:{tag}: {len(found)} files have that name: say which, as {repo}/{found[0]}")
         return found[0]
     if len(models) > 1:
         raise CheckpointError(f"{repo}: has {len(models)} GGUF models: name one, such as {repo}/{min(models.values())}")
