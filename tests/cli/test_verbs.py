@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from lowbit.cli.main import VERBS, build_parser, main
-from lowbit.cli.options import FORMATS, METHODS, TRANSFORMS, parse_bytes
+from lowbit.cli.options import FORMATS, METHODS, PRUNERS, TRANSFORMS, parse_bytes
 from lowbit.codecs import CODECS
 from lowbit.errors import UsageError
 from lowbit.quant import METHODS as METHOD_TABLE
+from lowbit.quant.sparse import PRUNERS as PRUNER_TABLE
 from lowbit.quant.transforms import NO_TRANSFORM
 from lowbit.quant.transforms import TRANSFORMS as TRANSFORM_TABLE
 
@@ -34,6 +35,7 @@ def quantized(tiny_llama: Path, calibration_file: Path, tmp_path_factory: pytest
 def test_help_names_match_the_registries() -> None:
     assert set(METHODS) == set(METHOD_TABLE)
     assert set(TRANSFORMS) == {*TRANSFORM_TABLE, NO_TRANSFORM}
+    assert set(PRUNERS) == set(PRUNER_TABLE)
     assert set(FORMATS) == set(CODECS)
 
 

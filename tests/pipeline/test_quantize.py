@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowbit.checkpoint import open_checkpoint, read_manifest
 from lowbit.codecs import module_plan, read_dense
 from lowbit.errors import CheckpointError, UnsupportedError, UsageError
+from lowbit.pipeline.experts import UnfusedExperts
 from lowbit.pipeline.quantize import QuantizeResult, quantize
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.streamed import StreamedModel
@@ -142,6 +143,37 @@ def test_a_block_is_tuned_as_a_whole(tiny_llama: Path, calibration_file: Path, t
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(
+    ("method", "scheme", "fmt", "pruner"),
+    [
+        ("gptq", "W4A16", "compressed-tensors", None),
+        ("gptaq", "W4A16_ASYM", "compressed-tensors", "wanda"),
+        ("rtn", "dense", "dense", "sparsegpt"),
+        ("rtn", "dense", "dense", "magnitude"),
+    ],
+)
+def test_pruned_weights_reach_the_file(
+    method: str, scheme: str, fmt: str, pruner: str | None, tiny_llama: Path, calibration_file: Path, tmp_path: Path
+) -> None:
+    """Two of every four weights are zero in the file, quantized or not, and the report says so."""
+    settings = {"group_size": None if scheme == "dense" else 64, "scheme": scheme, "format": fmt}
+    result = _quantize(
+        tiny_llama, tmp_path / "out", calibration_file, method=method, sparsity="2:4", pruner=pruner, **settings
+    )
+    for report in result.modules:
+        assert report.zeros is not None
+        assert report.zeros >= 0.5
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        plan = module_plan(checkpoint)
+        assert bool(plan) == (scheme != "dense")
+        for report in result.modules:
+            weight = read_dense(checkpoint, plan, f"{report.name}.weight").float()
+            assert ((weight == 0).reshape(len(weight), -1, 4).sum(2) >= 2).all()
+    assert result.linear_bits_per_weight == (32 if scheme == "dense" else pytest.approx(4.25, abs=0.1))
+    if scheme == "dense":
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_starved_experts_are_rounded_and_reported(
     new_checkpoint: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
@@ -158,6 +190,48 @@ def test_starved_experts_are_rounded_and_reported(
     assert {methods[name] for name in result.starved} == {"rtn"}
     assert {method for name, method in methods.items() if name not in result.starved} == {"gptq"}
     assert any("too few calibration tokens" in note for note in result.notes)
+
+
+def test_every_expert_may_see_every_token(
+    new_checkpoint: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """No expert starves, whatever the router chose, and what the model computes is still the router's choice."""
+    source = new_checkpoint(tmp_path / "source", "mixtral", num_local_experts=16)
+    result = _quantize(source, tmp_path / "out", calibration_file, samples=1, seq_len=8, all_experts=True)
+    assert not result.starved
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.recipe["all_experts"] is True
+    assert set(manifest.expert_coverage.values()) == {8}
+    outputs = []
+    with open_checkpoint(source) as checkpoint:
+        model = StreamedModel(checkpoint)
+        hidden = model.embed(torch.arange(3, 27)[None])
+        for all_tokens in (False, True):
+            block = model.load_block(0)
+            for module in block.modules():
+                if isinstance(module, UnfusedExperts):
+                    module.all_tokens = all_tokens
+                    module.stage_point = lambda kind, inputs: [inputs[name] for name in inputs].clear()
+            outputs.append(model.run_block(block, 0, hidden))
+    assert torch.equal(outputs[0], outputs[1])
+
+
+def test_each_expert_may_have_its_own_bits(
+    checkpoint_of: Callable[[str], Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rules: [{pattern: '.*experts\\.0\\..*', bits: 8}]")
+    _quantize(checkpoint_of("qwen3_moe"), tmp_path / "out", calibration_file, recipe=recipe)
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        plan = module_plan(checkpoint)
+    bits = {name: entry.spec.bits for name, entry in plan.items()}
+    assert {b for name, b in bits.items() if ".experts.0." in name} == {8}
+    assert {b for name, b in bits.items() if ".experts.1." in name} == {4}
+    assert not any(name.startswith(("lm_head", "model.embed_tokens")) or name.endswith("mlp.gate") for name in bits)
+    recipe.write_text("rules: [{pattern: '.*mlp\\.gate$', bits: 8}]")
+    with pytest.raises(UsageError, match="matches no module"):
+        _quantize(checkpoint_of("qwen3_moe"), tmp_path / "refused", calibration_file, recipe=recipe)
 
 
 def test_manifest_tells_what_was_done(tiny_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
@@ -206,6 +280,14 @@ def test_static_ordering_needs_no_g_idx(tiny_llama: Path, calibration_file: Path
         ({"bits": 9}, UsageError, "bits must be 2 to 8"),
         ({"bits": 3, "format": "awq"}, UnsupportedError, "4 bits"),
         ({"method": "gtpq"}, UsageError, "gptq"),
+        ({"sparsity": "4:2"}, UsageError, "sparsity"),
+        ({"sparsity": "2:4", "pruner": "wander"}, UsageError, "wanda"),
+        ({"pruner": "wanda"}, UsageError, "--sparsity"),
+        ({"sparsity": "2:4", "method": "autoround"}, UnsupportedError, "gptq"),
+        ({"sparsity": "2:4", "scheme": "int4-g64-affine", "method": "rtn"}, UnsupportedError, "zero"),
+        ({"scheme": "dense", "group_size": None}, UsageError, "--sparsity"),
+        ({"rotate": "givens"}, UsageError, "hadamard"),
+        ({"scheme": "dense", "format": "gptq", "sparsity": "2:4", "group_size": None}, UnsupportedError, "dense"),
         ({"transform": "akq"}, UsageError, "awq"),
         ({"format": "gguff"}, UsageError, "unknown format"),
         ({"skip": ["down_proj"]}, UsageError, "matches no module"),

@@ -102,7 +102,7 @@ def test_what_is_no_better_is_dropped(problems: Any) -> None:
 def test_starts_from_the_codes_of_another_solver(problems: Any) -> None:
     problem, spec = problems(16, 64), IntSpec(3, 32)
     for start in ("rtn", "gptq"):
-        options = AutoRoundOptions(start=start)  # type: ignore[arg-type]
+        options = AutoRoundOptions(start=start)
         found = METHODS["autoround"].solve(problem.weight, problem.statistics, spec, options).tensor
         assert torch.equal(found.codes, METHODS[start].solve(problem.weight, problem.statistics, spec).tensor.codes)
 
@@ -110,7 +110,7 @@ def test_starts_from_the_codes_of_another_solver(problems: Any) -> None:
 def test_what_cannot_work_is_said(problems: Any) -> None:
     for wrong in ({"steps": 0}, {"batches": 0}, {"rate": -1.0}, {"rate": 2.0}, {"start": "x"}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
-            AutoRoundOptions(**wrong)  # type: ignore[arg-type]
+            AutoRoundOptions(**wrong)
     problem = problems(4, 32)
     linear = nn.Linear(32, 4, bias=False)
     rounding = Rounding(linear, problem.weight, quantize(problem.weight, IntSpec(4, 32)))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from lowbit.errors import UsageError
 
 METHODS = ("gptq", "gptaq", "autoround", "awq", "hqq", "rtn")
+PRUNERS = ("sparsegpt", "wanda", "magnitude")
 TRANSFORMS = ("awq", "smoothquant", "none")
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "hqq", "dense")
 """The names in the registries of methods, transforms and codecs, repeated here so that ``--help`` needs no torch; a

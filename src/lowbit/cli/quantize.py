@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lowbit.cli.options import (
     FORMATS,
     METHODS,
+    PRUNERS,
     SOURCE_HELP,
     TRANSFORMS,
     add_calibration_arguments,
@@ -29,6 +30,7 @@ EXAMPLES = """\
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-awq --method awq --format awq --asym
   lowbit quantize ./Qwen3-8B ./out --method gptq --transform awq --bits 3
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-W8A8 --scheme W8A8 --kv-cache fp8
+  lowbit quantize ./Qwen3-8B ./out --sparsity 2:4 --pruner wanda --method gptq
   lowbit quantize ./Qwen3-8B ./out --bits 8 --group-size -1 --skip '.*down_proj' --target vllm==0.32
   lowbit quantize ./Qwen3-8B Qwen3-8B-Q4_K_M.gguf --scheme Q4_K_M --imatrix auto --calibration chats.jsonl
   lowbit quantize ./Qwen3-8B Qwen3-8B.gguf --scheme IQ3_XS --imatrix model.imatrix.gguf --type ffn_down=Q4_K
@@ -51,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=TRANSFORMS,
         help="rewrite the weights before, without changing what the model computes (default: what the method brings)",
     )
+    what.add_argument(
+        "--rotate", choices=("hadamard",), help="rotate the residual stream and the values, which changes no output"
+    )
+    what.add_argument(
+        "--sparsity", metavar="N:M|SHARE", help="make weights zero: 2:4, 4:8 or e.g. 50%%; alone with --scheme dense"
+    )
+    what.add_argument("--pruner", choices=PRUNERS, help="which weights become zero (default: sparsegpt)")
     what.add_argument("--format", choices=(*FORMATS[:-1], "gguf"), help="file format (default: compressed-tensors)")
     what.add_argument("--bits", type=int, metavar="N", help="2 to 8, overrides the scheme")
     what.add_argument(
@@ -97,6 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("calibration")
     add_calibration_arguments(data)
     data.add_argument(
+        "--all-experts",
+        action="store_true",
+        default=None,
+        help="let every expert see every token, for its statistics only; outputs stay those of the router's choice",
+    )
+    data.add_argument(
         "--certify-tokens",
         type=int,
         default=4096,
@@ -131,6 +146,10 @@ def run(arguments: argparse.Namespace) -> int:
             ordering=arguments.ordering,
             transform=arguments.transform,
             kv_cache=arguments.kv_cache,
+            rotate=arguments.rotate,
+            sparsity=arguments.sparsity,
+            pruner=arguments.pruner,
+            all_experts=arguments.all_experts,
             calibration=arguments.calibration,
             samples=arguments.samples,
             seq_len=arguments.seq_len,

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from lowbit.codecs.codec import StoredGrid, TensorHeader, weights_only
+from lowbit.codecs.codec import StoredGrid, TensorHeader, required, weights_only
 from lowbit.errors import UnsupportedError
 from lowbit.formats.activations import ActivationSpec
+from lowbit.formats.dense import DenseSpec, DenseTensor
 from lowbit.formats.weights import WeightSpec, WeightTensor
 
 __all__ = ["DenseCodec"]
@@ -48,7 +49,9 @@ class DenseCodec:
         return {"weight": q.dequantize(q.spec.scale_dtype)}
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec, shape: tuple[int, int]) -> WeightTensor:
-        """Always raises: floats don't say which grid they came from."""
+        """The floats of a weight that is not quantized; raises for others: floats don't say which grid they are on."""
+        if isinstance(spec, DenseSpec):
+            return DenseTensor(spec, required(tensors, "weight", shape))
         raise UnsupportedError("a dense weight has no quantization grid to read", ["quantize it with lowbit quantize"])
 
     def zero_points(

@@ -45,6 +45,10 @@ class QuantizeSettings(TypedDict, total=False):
     ordering: str | None
     transform: str | None
     kv_cache: str | None
+    rotate: str | None
+    sparsity: str | None
+    pruner: str | None
+    all_experts: bool | None
     recipe: str | Path | Recipe | None
     skip: Sequence[str]
     target: str | None

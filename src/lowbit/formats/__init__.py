@@ -2,6 +2,7 @@
 
 from lowbit.formats.activations import ActivationSpec, fake_quantize
 from lowbit.formats.codebook import CodebookSpec, CodebookTensor, NestedScales
+from lowbit.formats.dense import DenseSpec, DenseTensor
 from lowbit.formats.floating import FloatSpec, FloatTensor
 from lowbit.formats.scheme import PRESETS, Scheme, parse_scheme, parse_spec
 from lowbit.formats.spec import PER_CHANNEL, PER_TENSOR, IntSpec
@@ -15,6 +16,8 @@ __all__ = [
     "ActivationSpec",
     "CodebookSpec",
     "CodebookTensor",
+    "DenseSpec",
+    "DenseTensor",
     "FloatSpec",
     "FloatTensor",
     "IntSpec",

@@ -6,6 +6,7 @@ import torch
 
 from lowbit.formats import codebook, floating, integer
 from lowbit.formats.codebook import CodebookSpec, CodebookTensor, nest
+from lowbit.formats.dense import DenseSpec, DenseTensor
 from lowbit.formats.floating import FloatSpec, FloatTensor
 from lowbit.formats.spec import PER_TENSOR
 from lowbit.formats.tensor import QuantizedTensor
@@ -23,11 +24,17 @@ def round_weight(weight: torch.Tensor, spec: WeightSpec) -> WeightTensor:
         return floating.quantize(weight, spec)
     if isinstance(spec, CodebookSpec):
         return codebook.quantize(weight, spec)
+    if isinstance(spec, DenseSpec):
+        kept = DenseTensor(spec, weight.to(spec.scale_dtype))
+        kept.validate("weight")
+        return kept
     return integer.quantize(weight, spec)
 
 
 def blank_weight(spec: WeightSpec, shape: tuple[int, int]) -> WeightTensor:
     """Codes and scales of zero for a ``shape`` (out, in) matrix, on the default device: for its dtypes and shapes."""
+    if isinstance(spec, DenseSpec):
+        return DenseTensor(spec, torch.zeros(shape, dtype=spec.scale_dtype))
     codes = torch.zeros(shape, dtype=torch.uint8)
     if isinstance(spec, FloatSpec):
         stored = {"float": spec.scale_dtype, "e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}[spec.scale]

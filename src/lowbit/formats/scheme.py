@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lowbit.errors import UsageError
 from lowbit.formats.activations import ActivationSpec
 from lowbit.formats.codebook import CodebookSpec
+from lowbit.formats.dense import DenseSpec
 from lowbit.formats.floating import FloatSpec
 from lowbit.formats.spec import PER_CHANNEL, PER_TENSOR, IntSpec, parse_int_spec
 from lowbit.formats.weights import WeightSpec
@@ -69,10 +70,12 @@ def parse_scheme(text: str) -> Scheme:
 
 
 def parse_spec(text: str) -> WeightSpec:
-    """Parse ``int4-g128-sym``, ``int4-g64-affine``, ``fp8-channel``, ``nvfp4``, ``nf4-b64-dq``, or ``W4A16``.
+    """Parse ``int4-g128-sym``, ``int4-g64-affine``, ``fp8-channel``, ``nvfp4``, ``nf4-b64-dq``, ``dense``, ``W4A16``.
 
     Raises :class:`UsageError` naming valid spellings, and for a preset that also quantizes inputs.
     """
+    if text.strip().lower() == "dense":
+        return DenseSpec()
     found = parse_int_spec(text) or FloatSpec.parse(text)
     if found is not None:
         return found

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from lowbit.formats.codebook import CodebookSpec, CodebookTensor
+from lowbit.formats.dense import DenseSpec, DenseTensor
 from lowbit.formats.floating import FloatSpec, FloatTensor
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.tensor import QuantizedTensor
 
 __all__ = ["WeightSpec", "WeightTensor"]
 
-WeightSpec: TypeAlias = IntSpec | FloatSpec | CodebookSpec
+WeightSpec: TypeAlias = IntSpec | FloatSpec | CodebookSpec | DenseSpec
 """Each has ``bits``, ``group_size``, ``scale_dtype``, ``bits_per_weight(out, in)`` and ``with_scale_dtype(dtype)``."""
 
-WeightTensor: TypeAlias = QuantizedTensor | FloatTensor | CodebookTensor
+WeightTensor: TypeAlias = QuantizedTensor | FloatTensor | CodebookTensor | DenseTensor
 """Each has ``spec``, ``codes``, ``shape``, ``bits_per_weight``, ``dequantize(dtype)`` and ``validate(name)``."""

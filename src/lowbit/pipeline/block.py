@@ -16,6 +16,7 @@ from lowbit.codecs.names import owner
 from lowbit.errors import NumericsError
 from lowbit.formats import PER_TENSOR, FloatSpec, FloatTensor, QuantizedTensor, Scheme, WeightSpec, WeightTensor
 from lowbit.pipeline.architectures import fused_groups
+from lowbit.pipeline.experts import UnfusedExperts
 from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
 from lowbit.pipeline.inputs import InputScales, RoundingLinear
 from lowbit.pipeline.kv_scales import CacheRange, intercepted_attention
@@ -27,9 +28,10 @@ from lowbit.pipeline.streamed import StreamedModel, model_dtype
 from lowbit.quant import METHODS, AutoRoundOptions, InputStatistics, PairedStatistics, output_error, weight_error
 from lowbit.quant.methods import Options
 from lowbit.quant.solution import Solution
+from lowbit.quant.sparse import DEFAULT_PRUNER, PRUNERS, Pruned, parse_sparsity
 from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
 
-_Q = TypeVar("_Q", QuantizedTensor, FloatTensor)
+_Q = TypeVar("_Q", bound=QuantizedTensor | FloatTensor)
 
 STARVED_SHARE = 0.005
 """An expert that saw less than this share of the calibration tokens is solved without statistics."""
@@ -45,7 +47,10 @@ def options_of(recipe: Recipe, plan: ModulePlan) -> Options:
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """What happened to one linear; ``error`` is the relative squared output error, None without statistics."""
+    """What happened to one linear; ``error`` is the relative squared output error, None without statistics.
+
+    ``zeros`` is the share of weights that are zero, of pruned ones.
+    """
 
     name: str
     spec: str
@@ -57,6 +62,7 @@ class ModuleReport:
     tokens: int = 0
     damping: float | None = None
     scaled: bool = False
+    zeros: float | None = None
     starved: bool = False
     dropped: int = 0
 
@@ -116,6 +122,9 @@ class BlockQuantizer:
         self._overrides: dict[str, torch.Tensor] = {}
         self._divided: dict[str, torch.Tensor] = {}
         self._learnable: dict[str, Learnable] = {}
+        for module in self.block.modules():
+            if isinstance(module, UnfusedExperts):
+                module.all_tokens = recipe.all_experts
         self.linears = [n for n, m in self.block.named_modules() if isinstance(m, nn.Linear)]
 
     # ---- with calibration --------------------------------------------------------------------------------------
@@ -308,7 +317,10 @@ class BlockQuantizer:
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         weight = weight if scales is None else weight * scales
         options = options_of(self.recipe, plan)
-        solution = METHODS[plan.method].solve(weight, statistics, plan.spec, options, shared=shared, name=full)
+        pruned = _prune(weight, statistics, plan)
+        solution = METHODS[plan.method].solve(
+            weight, statistics, plan.spec, options, shared=shared, name=full, pruned=pruned
+        )
         reports, first = [], 0
         for name, part in zip(names, weights, strict=True):
             rows = slice(first, first + part.shape[0])
@@ -342,6 +354,7 @@ class BlockQuantizer:
             weight_error=weight_error(weight, restored).relative,
             damping=solution.damping or None,
             scaled=scales is not None,
+            zeros=None if plan.sparsity is None else float((restored == 0).float().mean()),
         )
         linear.weight.data = (restored if scales is None else restored.div_(scales)).to(linear.weight.dtype)
         input_scale = self._input_scales.of(name, plan.inputs)
@@ -398,6 +411,14 @@ class BlockQuantizer:
             if stored not in handled and stored not in out and owner(stored, self.model.plan) is None:
                 out[stored] = self.checkpoint.read(stored)
         return out
+
+
+def _prune(weight: torch.Tensor, statistics: InputStatistics | None, plan: ModulePlan) -> Pruned | None:
+    """``weight`` with the zeros that ``plan`` asks for; by magnitude where there are no statistics."""
+    if plan.sparsity is None:
+        return None
+    pruner = (plan.pruner or DEFAULT_PRUNER) if statistics is not None else "magnitude"
+    return PRUNERS[pruner](weight, statistics, parse_sparsity(plan.sparsity))
 
 
 def _has_whole_scale(spec: WeightSpec) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowbit.codecs.gguf.mixes import MIXES, find_mix, is_mix
 from lowbit.errors import UsageError
-from lowbit.formats import CodebookSpec, FloatSpec, IntSpec, Scheme
+from lowbit.formats import CodebookSpec, DenseSpec, FloatSpec, IntSpec, Scheme
 from lowbit.formats.scheme import PRESETS
 from lowbit.quant import METHODS
 
@@ -73,6 +73,8 @@ def usual_choice(scheme: Scheme) -> tuple[str, str]:
         return "rtn", "bitsandbytes"
     if isinstance(spec, FloatSpec):
         return "rtn", "compressed-tensors"
+    if isinstance(spec, DenseSpec):
+        return "rtn", "dense"
     return ("hqq", "hqq") if isinstance(spec, IntSpec) and spec.has_float_zeros else ("gptq", "compressed-tensors")
 
 

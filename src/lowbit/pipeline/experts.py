@@ -6,21 +6,40 @@ statistic per expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from lowbit.errors import UnsupportedError
 
-StagePoint = Callable[[str, dict[tuple[str, ...], torch.Tensor]], None]
+StagePoint = Callable[[str, Mapping[tuple[str, ...], torch.Tensor]], None]
 """Told ``(stage name, {linears that share an input: that input})`` before those linears run."""
+
+
+class _OnDemand(Mapping[tuple[str, ...], torch.Tensor]):
+    """Inputs that are computed when they are looked at and not kept."""
+
+    def __init__(self, names: Sequence[tuple[str, ...]], compute: Callable[[int], torch.Tensor]) -> None:
+        self._index = {name: index for index, name in enumerate(names)}
+        self._compute = compute
+
+    def __getitem__(self, name: tuple[str, ...]) -> torch.Tensor:
+        return self._compute(self._index[name])
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
 
 
 class UnfusedExperts(nn.Module):
     """Drop-in for transformers' fused experts: the same forward, with ``nn.Linear`` modules named as on disk.
 
-    All gate and up projections run before any down projection, so that a pass can pause once for each kind.
+    All gate and up projections run before any down projection, so that a pass can pause once for each kind. With
+    ``all_tokens`` a pause is told of the inputs that each expert would have if every token chose it; the outputs are
+    still those of the router's choice.
     """
 
     def __init__(
@@ -31,6 +50,7 @@ class UnfusedExperts(nn.Module):
         self.names = tuple(names)
         self._act = act
         self.stage_point: StagePoint | None = None
+        self.all_tokens = False
         gate, up, down = self.names
         for index in range(count):
             expert = nn.Module()
@@ -42,6 +62,10 @@ class UnfusedExperts(nn.Module):
     def _linear(self, index: int, kind: int) -> nn.Module:
         return self.get_submodule(f"{index}.{self.names[kind]}")
 
+    def _middle(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        gated: torch.Tensor = self._act(self._linear(index, 0)(x)) * self._linear(index, 1)(x)
+        return gated
+
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """Sum over the chosen experts; ``hidden`` ``[tokens, hidden]``, the others ``[tokens, k]``."""
         gate, up, down = self.names
@@ -52,15 +76,18 @@ class UnfusedExperts(nn.Module):
         }
         if self.stage_point is not None:
             inputs: dict[tuple[str, ...], torch.Tensor] = {}
-            for i, (tokens, _) in chosen.items():
-                inputs[f"{i}.{gate}", f"{i}.{up}"] = hidden[tokens]
+            for i in range(self.count) if self.all_tokens else chosen:
+                inputs[f"{i}.{gate}", f"{i}.{up}"] = hidden if self.all_tokens else hidden[chosen[i][0]]
             self.stage_point("in", inputs)
             del inputs
         middle = {}
         for i, (tokens, _) in chosen.items():
             x = hidden[tokens]
-            middle[i] = self._act(self._linear(i, 0)(x)) * self._linear(i, 1)(x)
-        if self.stage_point is not None:
+            middle[i] = self._middle(i, x)
+        if self.stage_point is not None and self.all_tokens:
+            names = [(f"{i}.{down}",) for i in range(self.count)]
+            self.stage_point("out", _OnDemand(names, lambda i: self._middle(i, hidden)))
+        elif self.stage_point is not None:
             self.stage_point("out", {(f"{i}.{down}",): x for i, x in middle.items()})
         total = torch.zeros_like(hidden)
         for i, (tokens, places) in chosen.items():

@@ -20,17 +20,19 @@ from lowbit.calibration import CalibrationSet, ids_hash, load_calibration, load_
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.codecs import CODECS, Codec
 from lowbit.errors import UnsupportedError, UsageError
-from lowbit.formats import ActivationSpec, Scheme, WeightSpec, parse_scheme
+from lowbit.formats import ActivationSpec, DenseSpec, IntSpec, Scheme, WeightSpec, parse_scheme
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.block import ModuleReport
 from lowbit.pipeline.candidates import usual_choice
 from lowbit.pipeline.checks import Decisions, decide, scan_weights
 from lowbit.pipeline.kv_scales import check_kind
 from lowbit.pipeline.recipe import ModulePlan, Recipe, Rule, resolve, suggestion
+from lowbit.pipeline.rotate import RotatedCheckpoint
 from lowbit.pipeline.sampling import sample_from
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
 from lowbit.planning import probe
 from lowbit.quant import METHODS
+from lowbit.quant.sparse import PRUNERS, parse_sparsity
 from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
 
 DEMO = "demo"
@@ -53,6 +55,10 @@ class Settings:
     symmetric: bool | None = None
     ordering: str | None = None
     transform: str | None = None
+    rotate: str | None = None
+    sparsity: str | None = None
+    pruner: str | None = None
+    all_experts: bool | None = None
     kv_cache: str | None = None
     calibration: str | Path | None = None
     samples: int = 128
@@ -82,7 +88,10 @@ class Settings:
         recipe = self.recipe if isinstance(self.recipe, Recipe) else None
         if recipe is None:
             recipe = Recipe.from_yaml(self.recipe) if isinstance(self.recipe, str | Path) else Recipe()
-        names = ("scheme", "method", "format", "bits", "group_size", "symmetric", "ordering", "transform", "kv_cache")
+        names = (
+            *("scheme", "method", "format", "bits", "group_size", "symmetric", "ordering", "transform", "kv_cache"),
+            *("rotate", "sparsity", "pruner", "all_experts"),
+        )
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.recipe is None and self.scheme is not None:
             method, format = usual_choice(parse_scheme(self.scheme))
@@ -217,7 +226,8 @@ def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterat
         revision=settings.revision,
         allow_pickle=settings.allow_pickle,
         trust_remote_code=settings.trust_remote_code,
-    ) as checkpoint:
+    ) as opened:
+        checkpoint = opened if recipe.rotate is None else RotatedCheckpoint(opened, recipe.rotate, settings.seed)
         if out.resolve() == checkpoint.path.resolve():
             raise UsageError(f"{out}: is the source itself: choose another output directory")
         device = compute_device(settings.device)
@@ -273,8 +283,31 @@ def _refuse_unsolvable(codec: Codec, plan: Mapping[str, ModulePlan | None]) -> N
         transform = entry.transform or NO_TRANSFORM
         if transform != NO_TRANSFORM:
             _choice(TRANSFORMS, transform, "transform")
+        _refuse_unprunable(name, entry)
         if entry.inputs is not None and (reasons := codec.supports_inputs(entry.spec, entry.inputs)):
             raise UnsupportedError(f"{name}: {Scheme(entry.spec, entry.inputs)}", reasons)
+
+
+def _refuse_unprunable(name: str, entry: ModulePlan) -> None:
+    """Raise for a pattern of zeros that cannot be made, or would not outlast what is done after it."""
+    if entry.sparsity is None:
+        if entry.pruner is not None:
+            raise UsageError("--pruner needs --sparsity, e.g. 2:4 or 50%")
+        if isinstance(entry.spec, DenseSpec):
+            raise UsageError(f"{name}: scheme dense changes nothing alone: add --sparsity 2:4, or choose a scheme")
+        return
+    parse_sparsity(entry.sparsity)
+    if entry.pruner is not None:
+        _choice(PRUNERS, entry.pruner, "pruner")
+    reasons = []
+    if METHODS[entry.method].scope == "block":
+        reasons.append(f"method {entry.method} moves codes off zero: use gptq, gptaq or rtn")
+    if METHODS[entry.method].masks and not isinstance(entry.spec, IntSpec):
+        reasons.append(f"method {entry.method} solves for integers under a mask, not {entry.spec}: use --method rtn")
+    if isinstance(entry.spec, IntSpec) and entry.spec.has_float_zeros:
+        reasons.append(f"{entry.spec} has no code for zero: use a symmetric format, e.g. --sym")
+    if reasons:
+        raise UnsupportedError(f"{name}: sparsity {entry.sparsity}", reasons)
 
 
 def _choice(table: Mapping[str, Any], name: str, what: str) -> Any:

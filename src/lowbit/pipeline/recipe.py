@@ -62,10 +62,11 @@ class Rule:
 class Recipe:
     """A whole recipe. ``scheme`` is a preset or number format; ``bits``, ``group_size``, ``symmetric`` override it.
 
-    ``transform`` rewrites weights before they are solved (None: the method's own, if it has one), ``sparsity`` is the
-    pattern of zeros (``2:4``, ``50%``) that ``pruner`` makes, ``kv_cache`` (``fp8``, ``fp8-head``) asks for calibrated
-    scales of the key-value cache. ``options`` are those of the method (:func:`method_options`). Of ``rules`` the first
-    that matches a module wins.
+    ``transform`` rewrites weights before they are solved (None: the method's own, if it has one), ``rotate`` the whole
+    model before that (:mod:`lowbit.pipeline.rotate`). ``sparsity`` is the pattern of zeros (``2:4``, ``50%``) that
+    ``pruner`` makes; ``all_experts`` calibrates each expert on all tokens; ``kv_cache`` (``fp8``, ``fp8-head``) asks
+    for calibrated scales of the key-value cache. ``options`` are those of the method (:func:`method_options`). Of
+    ``rules`` the first that matches a module wins.
     """
 
     scheme: str = "W4A16"
@@ -76,8 +77,10 @@ class Recipe:
     symmetric: bool | None = None
     ordering: str | None = None
     transform: str | None = None
+    rotate: str | None = None
     sparsity: str | None = None
     pruner: str | None = None
+    all_experts: bool = False
     kv_cache: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
@@ -117,8 +120,8 @@ class Recipe:
     def from_dict(cls, content: Any, *, where: str = "recipe") -> Recipe:
         """A recipe from plain values; ``where`` leads the messages of errors.
 
-        Keys: scheme, method, format, bits, group_size, sym, ordering (or desc_act), transform, sparsity, pruner,
-        kv_cache, options, skip, rules, dynamic.
+        Keys: scheme, method, format, bits, group_size, sym, ordering (or desc_act), transform, rotate, sparsity,
+        pruner, all_experts, kv_cache, options, skip, rules, dynamic.
         """
         values = _table(content, _RECIPE_KEYS, where)
         rules = [Rule(_string(pattern, f"{where}: skip"), skip=True) for pattern in _list(values, "skip", where)]
@@ -129,9 +132,10 @@ class Recipe:
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
             raise UsageError(f"{where}: options must be a table of names and values")
         fields = _overrides(values, where)
-        for name in ("format", "transform", "sparsity", "pruner", "kv_cache"):
+        for name in _NAMED:
             if name in values:
                 fields[name] = _string(values[name], f"{where}: {name}")
+        fields["all_experts"] = _boolean(values.get("all_experts", False), f"{where}: all_experts")
         return cls(options=dict(options), rules=tuple(rules), **fields)
 
     def with_rules(self, rules: Iterable[Rule]) -> Recipe:
@@ -142,8 +146,8 @@ class Recipe:
         """Plain values for the manifest; :meth:`from_dict` reads them back."""
         plain: dict[str, Any] = {"scheme": self.scheme, "method": self.method, "format": self.format}
         plain.update(_plain_overrides(self))
-        named = ("transform", "sparsity", "pruner", "kv_cache")
-        plain.update({name: getattr(self, name) for name in named if getattr(self, name) is not None})
+        plain.update({name: getattr(self, name) for name in _NAMED if getattr(self, name) is not None})
+        plain.update({"all_experts": True} if self.all_experts else {})
         if self.options:
             plain["options"] = dict(sorted(self.options.items()))
         if self.rules:
@@ -357,10 +361,8 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 _OVERRIDE_KEYS = ("scheme", "bits", "group_size", "sym", "symmetric", "method", "ordering", "desc_act")
-_RECIPE_KEYS = (
-    *_OVERRIDE_KEYS,
-    *("format", "transform", "sparsity", "pruner", "kv_cache", "options", "skip", "rules", "dynamic"),
-)
+_NAMED = ("format", "transform", "rotate", "sparsity", "pruner", "kv_cache")
+_RECIPE_KEYS = (*_OVERRIDE_KEYS, *_NAMED, "all_experts", "options", "skip", "rules", "dynamic")
 _RULE_KEYS = (*_OVERRIDE_KEYS, "pattern", "skip")
 
 

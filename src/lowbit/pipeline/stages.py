@@ -9,7 +9,7 @@ batch again from the block's input up to the next stop: the same results from mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,10 +81,10 @@ def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[]
 
 def _expert_stages(
     path: str, experts: UnfusedExperts, wanted: set[str], stages: list[Stage]
-) -> Callable[[str, dict[Group, torch.Tensor]], None]:
+) -> Callable[[str, Mapping[Group, torch.Tensor]], None]:
     """A stage point that appends the stage it is called for, all experts listed whether or not they were chosen."""
 
-    def point(kind: str, _: dict[Group, torch.Tensor]) -> None:
+    def point(kind: str, _: Mapping[Group, torch.Tensor]) -> None:
         columns = experts.names[:2] if kind == "in" else experts.names[2:]
         groups = [
             tuple(f"{path}.{i}.{c}" for c in columns if f"{path}.{i}.{c}" in wanted) for i in range(experts.count)
@@ -242,15 +242,15 @@ class StagedForward:
                 module.stage_point = self._expert_point(path)
         return handles
 
-    def _expert_point(self, path: str) -> Callable[[str, dict[Group, torch.Tensor]], None]:
-        def point(kind: str, inputs: dict[Group, torch.Tensor]) -> None:
-            by_linear = {f"{path}.{name}": x for names, x in inputs.items() for name in names}
+    def _expert_point(self, path: str) -> Callable[[str, Mapping[Group, torch.Tensor]], None]:
+        def point(kind: str, inputs: Mapping[Group, torch.Tensor]) -> None:
+            by_linear = {f"{path}.{name}": names for names in inputs for name in names}
             for stage in self._stages:
                 if stage.name.split(":")[:2] != [path, kind] or stage.name not in self._open:
                     continue
                 for group in stage.groups:
                     if group[0] in by_linear:
-                        self._on_input(group, by_linear[group[0]], None)
+                        self._on_input(group, inputs[by_linear[group[0]]], None)
                 self._stop()
 
         return point

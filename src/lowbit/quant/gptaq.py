@@ -23,7 +23,7 @@ from lowbit.quant.paired import PairedStatistics
 from lowbit.quant.solution import Solution
 from lowbit.quant.statistics import InputStatistics
 
-__all__ = ["Correction", "GptaqOptions", "prepare", "solve"]
+__all__ = ["Correction", "GptaqOptions", "prepare", "solve", "target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +86,13 @@ def prepare(statistics: InputStatistics, options: GptaqOptions) -> Correction:
     return Correction(factor, shift)
 
 
+def target(weight: torch.Tensor, correction: Correction) -> torch.Tensor:
+    """What GPTQ is to solve for instead of ``weight`` float ``[out, in]``; float32."""
+    weight = weight.to(torch.float32)
+    return weight if correction.shift is None else torch.addmm(weight, weight, correction.shift)
+
+
 @torch.no_grad()
 def solve(weight: torch.Tensor, correction: Correction, spec: IntSpec, options: GptaqOptions) -> Solution:
     """Quantize ``weight`` float ``[out, in]`` (left unchanged)."""
-    weight = weight.to(torch.float32)
-    if correction.shift is not None:
-        weight = torch.addmm(weight, weight, correction.shift)
-    return gptq.solve(weight, correction.factor, spec, options.gptq())
+    return gptq.solve(target(weight, correction), correction.factor, spec, options.gptq())

@@ -12,7 +12,7 @@ from lowbit.errors import NumericsError
 from lowbit.formats.floating import FloatSpec
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.weights import WeightSpec
-from lowbit.quant import awq, gptaq, gptq, hqq
+from lowbit.quant import awq, gptaq, gptq, hqq, sparse
 from lowbit.quant.autoround import AutoRoundOptions
 from lowbit.quant.awq import AwqOptions
 from lowbit.quant.gptaq import GptaqOptions
@@ -20,13 +20,14 @@ from lowbit.quant.gptq import GptqOptions
 from lowbit.quant.hqq import HqqOptions
 from lowbit.quant.rtn import RtnOptions, round_to_nearest
 from lowbit.quant.solution import Solution
+from lowbit.quant.sparse import Pruned
 from lowbit.quant.statistics import InputStatistics
 
 __all__ = ["METHODS", "Method", "Options"]
 
 Options: TypeAlias = RtnOptions | GptqOptions | GptaqOptions | AwqOptions | HqqOptions | AutoRoundOptions
 _Shared: TypeAlias = MutableMapping[Options, Any]
-_Solver: TypeAlias = Callable[[torch.Tensor, InputStatistics | None, Any, Any, _Shared, str], Solution]
+_Solver: TypeAlias = Callable[..., Solution]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Method:
     ``needs_statistics``  whether it solves nothing without calibration inputs
     ``needs_reference``   whether it wants the float model's inputs beside the quantized model's
     ``scope``             ``block``: the solved linears of a block are tuned together once they are all there
+    ``masks``             whether its solver takes ``keep``, False where a weight must be zero, and makes up for that
     ``supports``          reasons why it makes no weights of a format, each with the way out
     ``transform``         the one of :data:`lowbit.quant.transforms.TRANSFORMS` that goes before it unless the recipe
                           names another
@@ -50,6 +52,7 @@ class Method:
     transform: str | None = None
     needs_reference: bool = False
     scope: Literal["linear", "block"] = "linear"
+    masks: bool = False
 
     def solve(
         self,
@@ -60,8 +63,11 @@ class Method:
         *,
         shared: _Shared | None = None,
         name: str = "weight",
+        pruned: Pruned | None = None,
     ) -> Solution:
         """Quantize ``weight`` float ``[out, in]`` (left unchanged); options of another method count as none given.
+
+        ``pruned`` is that weight pruned: what is zero in it is zero in the result.
 
         ``shared`` is one dictionary for all linears on one input: what they can share is kept in it. ``name`` is the
         module's, for roles (AWQ can leave query and key projections unclipped) and messages. Raises
@@ -69,7 +75,12 @@ class Method:
         """
         chosen = options if isinstance(options, self.options) else self.options()
         try:
-            return self.solver(weight, statistics, spec, chosen, {} if shared is None else shared, name)
+            rest: tuple[Any, ...] = (statistics, spec, chosen, {} if shared is None else shared, name)
+            if pruned is None:
+                return self.solver(weight, *rest)
+            if self.masks:
+                return self.solver(pruned.weight if pruned.made_up else weight, *rest, keep=pruned.keep)
+            return self.solver(pruned.weight, *rest)
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
 
@@ -92,11 +103,14 @@ def _gptq(
     options: GptqOptions,
     shared: _Shared,
     name: str,
+    keep: torch.Tensor | None = None,
 ) -> Solution:
     if statistics is None:
         raise NumericsError("gptq needs calibration inputs and has none: give more calibration text, or use rtn")
     if options not in shared:
         shared[options] = gptq.factorise(statistics, options)
+    if keep is not None:
+        return sparse.solve(weight, shared[options], spec, options, keep)
     return gptq.solve(weight, shared[options], spec, options)
 
 
@@ -107,11 +121,15 @@ def _gptaq(
     options: GptaqOptions,
     shared: _Shared,
     name: str,
+    keep: torch.Tensor | None = None,
 ) -> Solution:
     if statistics is None:
         raise NumericsError("gptaq needs calibration inputs and has none: give more calibration text, or use rtn")
     if options not in shared:
         shared[options] = gptaq.prepare(statistics, options)
+    if keep is not None:
+        correction = shared[options]
+        return sparse.solve(gptaq.target(weight, correction), correction.factor, spec, options.gptq(), keep)
     return gptaq.solve(weight, shared[options], spec, options)
 
 
@@ -171,9 +189,22 @@ def _integers_and_floats(spec: WeightSpec) -> list[str]:
 
 METHODS: Mapping[str, Method] = {
     "rtn": Method("rtn", RtnOptions, needs_statistics=False, solver=_rtn, supports=_any),
-    "gptq": Method("gptq", GptqOptions, needs_statistics=True, solver=_gptq, supports=_integers_and_floats),
+    "gptq": Method(
+        "gptq",
+        GptqOptions,
+        needs_statistics=True,
+        solver=_gptq,
+        supports=_integers_and_floats,
+        masks=True,
+    ),
     "gptaq": Method(
-        "gptaq", GptaqOptions, needs_statistics=True, solver=_gptaq, supports=_integers, needs_reference=True
+        "gptaq",
+        GptaqOptions,
+        needs_statistics=True,
+        solver=_gptaq,
+        supports=_integers,
+        needs_reference=True,
+        masks=True,
     ),
     "hqq": Method("hqq", HqqOptions, needs_statistics=False, solver=_hqq, supports=_with_zero_points),
     "autoround": Method(
