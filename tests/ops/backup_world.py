@@ -6,7 +6,7 @@ import os
 import random
 from pathlib import Path
 
-from lowbit.ops.backup_store import Store, open_store
+from lowbit.ops.backup.store import Store, open_store
 
 CHUNK = 1000
 

@@ -125,7 +125,7 @@ def check(name: str, place: list[str], extra: dict[str, str], home: Path) -> Non
     lowbit(environment, "prune", *place, "--keep", "0h")
     lowbit(environment, "backup-verify", *place, "--quiet")
     damage = (
-        "import sys; from lowbit.ops.backup_store import open_store\n"
+        "import sys; from lowbit.ops.backup.store import open_store\n"
         "store = open_store(sys.argv[1], dict(text.split('=', 1) for text in sys.argv[2:]))\n"
         "digest = max(store.blobs(), key=store.blobs().get)\n"
         "data = bytearray(store.read(f'blobs/{digest[:2]}/{digest}')); data[7] ^= 1\n"

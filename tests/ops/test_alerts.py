@@ -21,9 +21,9 @@ from lowbit.gateway.gate import Gate
 from lowbit.gateway.metrics import Metrics
 from lowbit.gateway.policy import Snapshot, TierHealth
 from lowbit.gateway.protocol import EngineInfo, ModelInfo, PoolProtocol, TierInfo
-from lowbit.ops.alert_table import ALERTS, RECORDED, THRESHOLDS
-from lowbit.ops.alerts import checked, declared_metrics, rule_tests, rules, runbook
-from lowbit.ops.dashboard import PANELS, dashboard
+from lowbit.ops.alerts.dashboard import PANELS, dashboard
+from lowbit.ops.alerts.rules import checked, declared_metrics, rule_tests, rules, runbook
+from lowbit.ops.alerts.table import ALERTS, RECORDED, THRESHOLDS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

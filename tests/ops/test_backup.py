@@ -14,10 +14,10 @@ import pytest
 from backup_world import CHUNK, blob_files, contents, flip, local_store, make_model
 
 from lowbit.errors import CheckpointError, LowbitError, ResourceError, UnsupportedError, UsageError
-from lowbit.ops.backup import back_up
-from lowbit.ops.backup_check import prune, verify_backup
-from lowbit.ops.backup_restore import restore
-from lowbit.ops.backup_store import Store, open_store
+from lowbit.ops.backup.check import prune, verify_backup
+from lowbit.ops.backup.restore import restore
+from lowbit.ops.backup.run import back_up
+from lowbit.ops.backup.store import Store, open_store
 
 
 @pytest.fixture(params=["local", "uploads", "moves"])
@@ -258,7 +258,7 @@ def test_the_smoke_test_asks_a_real_model(kind: str, model: Path, tmp_path: Path
     root = tmp_path / "store"
     (model / "config.json").unlink()
     back_up([demo_files.get(kind, model)], local_store(root))
-    from lowbit.ops.backup_smoke import smoke_test
+    from lowbit.ops.backup.smoke import smoke_test
 
     proofs = restore(local_store(root), tmp_path / "out", smoke=smoke_test).proofs
     expected = {"gguf": "llama.cpp continued", "directory": "forward pass", "neither": "no checkpoint"}

@@ -19,11 +19,11 @@ from backup_world import CHUNK, contents, flip, local_store, make_model
 from writer_run import DONE, FAILED, KILLED, full_at, in_child, kill_at
 
 from lowbit.errors import CheckpointError, ResourceError, UsageError
-from lowbit.ops import backup_lock
-from lowbit.ops.backup import back_up
-from lowbit.ops.backup_check import prune, verify_backup
-from lowbit.ops.backup_lock import EXPIRY, locked
-from lowbit.ops.backup_restore import restore
+from lowbit.ops.backup import lock as backup_lock
+from lowbit.ops.backup.check import prune, verify_backup
+from lowbit.ops.backup.lock import EXPIRY, locked
+from lowbit.ops.backup.restore import restore
+from lowbit.ops.backup.run import back_up
 
 LATER = datetime.now(timezone.utc) + timedelta(days=40)
 
@@ -207,7 +207,7 @@ def test_a_real_limit_on_file_size(limit: int, model: Path, tmp_path: Path) -> N
 def test_a_restore_that_cannot_fit_says_so_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(model, tmp_path / "store")
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("lowbit.ops.backup_restore.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("lowbit.ops.backup.restore.shutil.disk_usage", lambda path: usage)
     with pytest.raises(ResourceError, match=r"disk full: [\d,]+ bytes are needed, 10 are free"):
         restore(local_store(tmp_path / "store"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -323,8 +323,8 @@ def test_backups_and_prunes_at_once_lose_nothing(tmp_path: Path) -> None:
     back_up(models, local_store(root), chunk_bytes=CHUNK)
     script = (
         "import sys, random; from pathlib import Path; from datetime import timedelta\n"
-        "from lowbit.errors import UsageError; from lowbit.ops.backup import back_up\n"
-        "from lowbit.ops.backup_check import prune; from lowbit.ops.backup_store import open_store\n"
+        "from lowbit.errors import UsageError; from lowbit.ops.backup.run import back_up\n"
+        "from lowbit.ops.backup.check import prune; from lowbit.ops.backup.store import open_store\n"
         "store, done, generator = open_store(sys.argv[1]), 0, random.Random(int(sys.argv[3]))\n"
         "for turn in range(12):\n"
         "    try:\n"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import CheckpointError
-from lowbit.ops.backup_manifest import SavedFile, SavedModel, Snapshot, _digest, is_plain_path, pieces_of
+from lowbit.ops.backup.manifest import SavedFile, SavedModel, Snapshot, _digest, is_plain_path, pieces_of
 
 NAME = "20260131T120000.000Z-0123abcd"
 SNAPSHOT = Snapshot(

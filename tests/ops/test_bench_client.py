@@ -14,10 +14,10 @@ import pytest
 from aiohttp import web
 
 from lowbit.cli.main import main
-from lowbit.ops.bench_client import Target, ask, session_for
-from lowbit.ops.bench_load import Lengths, Objectives, Outcome, Request
-from lowbit.ops.bench_prompts import TextPrompts, TokenPrompts
-from lowbit.ops.bench_serving import Level, Load, bench_serving, fit_to_server, run_open
+from lowbit.ops.bench.client import Target, ask, session_for
+from lowbit.ops.bench.load import Lengths, Objectives, Outcome, Request
+from lowbit.ops.bench.prompts import TextPrompts, TokenPrompts
+from lowbit.ops.bench.serving import Level, Load, bench_serving, fit_to_server, run_open
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gateway"))
 

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit.errors import UsageError
-from lowbit.ops.bench_compare import compare
-from lowbit.ops.bench_load import (
+from lowbit.ops.bench.compare import compare
+from lowbit.ops.bench.load import (
     Lengths,
     Objectives,
     Outcome,
@@ -27,9 +27,9 @@ from lowbit.ops.bench_load import (
     poisson_requests,
     serving_figures,
 )
-from lowbit.ops.bench_prompts import TextPrompts, TokenPrompts
-from lowbit.ops.bench_results import SCHEMA, Bench, Run, read_bench, to_csv, write_file
-from lowbit.ops.bench_stats import Figure, compare_figures, quantile, rank_test
+from lowbit.ops.bench.prompts import TextPrompts, TokenPrompts
+from lowbit.ops.bench.results import SCHEMA, Bench, Run, read_bench, to_csv, write_file
+from lowbit.ops.bench.stats import Figure, compare_figures, quantile, rank_test
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 

@@ -106,7 +106,7 @@ def test_kubernetes(deploy: Deploy) -> None:
     scaler = read(out / "scaling.yaml")["spec"]
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 6)
     metric = scaler["metrics"][0]["pods"]["metric"]["name"]
-    from lowbit.ops.alerts import declared_metrics
+    from lowbit.ops.alerts.rules import declared_metrics
 
     assert metric in declared_metrics()
     assert metric in (out / "prometheus-adapter.yaml").read_text()
@@ -231,7 +231,7 @@ def test_other_bad_input(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("status", [200, 503])
 def test_the_health_check_asks_and_believes_the_answer(status: int) -> None:
-    from lowbit.ops.deploy_compose import PROBE
+    from lowbit.ops.deploy.compose import PROBE
 
     asked = []
 
@@ -291,7 +291,7 @@ def test_the_dockerfile_speaks_of_what_is_there() -> None:
         for extra in re.findall(r"'\.\[([a-z,-]+)\]'", rest):
             assert set(extra.split(",")) <= extras
         if name == "USER":
-            from lowbit.ops.deploy import USER
+            from lowbit.ops.deploy.run import USER
 
             assert rest == f"{USER}:{USER}"
     assert version[1] in (ROOT / "Dockerfile").read_text()

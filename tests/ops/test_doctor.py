@@ -17,10 +17,10 @@ import pytest
 from lowbit.checkpoint import MANIFEST_NAME
 from lowbit.checkpoint.location import DEMO_DIRECTORY
 from lowbit.cli.main import VERBS, main
-from lowbit.ops.alert_table import ALERTS
-from lowbit.ops.doctor import GATEWAY, MODEL, Report
-from lowbit.ops.doctor_gateway import FIGURES, examine_gateway
-from lowbit.ops.doctor_model import examine_model
+from lowbit.ops.alerts.table import ALERTS
+from lowbit.ops.doctor.gateway import FIGURES, examine_gateway
+from lowbit.ops.doctor.model import examine_model
+from lowbit.ops.doctor.run import GATEWAY, MODEL, Report
 from lowbit.planning.hardware import Hardware
 
 pytest.importorskip("prometheus_client")

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from lowbit.cli.main import main
 from lowbit.errors import UsageError
-from lowbit.ops.bench_load import Lengths, Objectives, Outcome, Request, poisson_requests
-from lowbit.ops.bench_results import Bench, Run, write_file
-from lowbit.ops.fleet_model import Replica, Work, forecast, mean_length, passage, replica_of, smallest_fleet
-from lowbit.ops.fleet_simulation import error_grid, simulate, simulate_requests
+from lowbit.ops.bench.load import Lengths, Objectives, Outcome, Request, poisson_requests
+from lowbit.ops.bench.results import Bench, Run, write_file
+from lowbit.ops.fleet.model import Replica, Work, forecast, mean_length, passage, replica_of, smallest_fleet
+from lowbit.ops.fleet.simulation import error_grid, simulate, simulate_requests
 
 BATCHING = Replica(0.0, 0.0003, ((1, 0.010), (2, 0.011), (4, 0.013), (8, 0.018), (16, 0.03)), 16)
 """Like a GPU: eight requests together cost less than twice one."""

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from lowbit.cli.main import main
 from lowbit.errors import UsageError
 from lowbit.gateway.config import load_config
-from lowbit.ops.tune import changed
-from lowbit.ops.tune_config import edit_tier, new_config, tier_changes
-from lowbit.ops.tune_quality import coarse_divergence
-from lowbit.ops.tune_search import (
+from lowbit.ops.tune.config import edit_tier, new_config, tier_changes
+from lowbit.ops.tune.quality import coarse_divergence
+from lowbit.ops.tune.run import changed
+from lowbit.ops.tune.search import (
     DEFAULT,
     Candidate,
     Dimension,
@@ -260,8 +260,8 @@ def test_the_real_engine_is_tuned(
     """The file holds the winner where that beat the default, and else is as it was."""
     pytest.importorskip("xllamacpp")
     monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lowbit.ops.tune_search.MOST_ROUNDS", 1)
-    monkeypatch.setattr("lowbit.ops.tune._MOST_PAIRS", 5)
+    monkeypatch.setattr("lowbit.ops.tune.search.MOST_ROUNDS", 1)
+    monkeypatch.setattr("lowbit.ops.tune.run._MOST_PAIRS", 5)
     config = tmp_path / "config.yaml"
     config.write_text(
         "models:\n  demo:\n    tiers:\n      - name: x   # slow\n        path: demo\n        concurrency: 1\n"

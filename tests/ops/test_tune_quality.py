@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.ops.bench_engine import prepare_models
-from lowbit.ops.bench_prompts import source_text
-from lowbit.ops.tune_quality import cache_divergence
+from lowbit.ops.bench.engine import prepare_models
+from lowbit.ops.bench.prompts import source_text
+from lowbit.ops.tune.quality import cache_divergence
 
 pytest.importorskip("xllamacpp")
 

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write all files, or none."""
     require_serve_extra("alerts")
-    from lowbit.ops.alerts import rule_tests, rules, runbook, thresholds
-    from lowbit.ops.dashboard import dashboard
+    from lowbit.ops.alerts.dashboard import dashboard
+    from lowbit.ops.alerts.rules import rule_tests, rules, runbook, thresholds
     from lowbit.ops.text_files import write_files
 
     numbers = thresholds(arguments.settings)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the snapshot and say what it took."""
-    from lowbit.ops.backup import back_up
+    from lowbit.ops.backup.run import back_up
 
     store = open_backup(arguments)
     progress = create_progress(quiet=arguments.quiet)

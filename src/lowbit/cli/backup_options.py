@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
-    from lowbit.ops.backup_store import Store
+    from lowbit.ops.backup.store import Store
 
 _TIME = re.compile(r"(?P<number>\d+)(?P<unit>[hdwmy])")
 _HOURS = {"h": 1, "d": 24, "w": 7 * 24, "m": 30 * 24, "y": 365 * 24}
@@ -32,7 +32,7 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_backup(arguments: argparse.Namespace) -> Store:
     """The place that ``DEST`` names."""
-    from lowbit.ops.backup_store import open_store
+    from lowbit.ops.backup.store import open_store
 
     options = {}
     for text in arguments.option:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print snapshots and findings; the exit status is 2 if one is an error."""
-    from lowbit.ops.backup_check import verify_backup
+    from lowbit.ops.backup.check import verify_backup
 
     store = open_backup(arguments)
     progress = create_progress(quiet=arguments.quiet)

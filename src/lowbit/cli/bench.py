@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from lowbit.cli.options import number, positive, seed
 from lowbit.cli.output import human_bytes, plain, print_table
 from lowbit.errors import UnsupportedError, UsageError
-from lowbit.ops.bench_load import Lengths, Objectives, parse_lengths, parse_rates, parse_seconds
+from lowbit.ops.bench.load import Lengths, Objectives, parse_lengths, parse_rates, parse_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lowbit.ops.bench_results import Bench, Run
-    from lowbit.ops.bench_serving import Level
-    from lowbit.ops.bench_stats import Figure
+    from lowbit.ops.bench.results import Bench, Run
+    from lowbit.ops.bench.serving import Level
+    from lowbit.ops.bench.stats import Figure
 
 HELP = "measure memory, latency and throughput of models, alone or under load"
 EXAMPLES = """\
@@ -113,7 +113,7 @@ def read_settings(arguments: argparse.Namespace) -> tuple[Lengths, Lengths, Obje
 
 def _check(arguments: argparse.Namespace) -> None:
     """What cannot work is said before anything is started."""
-    from lowbit.ops.bench_results import check_writable
+    from lowbit.ops.bench.results import check_writable
 
     if bool(arguments.models) == bool(arguments.url):
         raise UsageError("name models to start, or a server with --url: lowbit bench demo")
@@ -149,8 +149,8 @@ def _schemes(arguments: argparse.Namespace) -> list[str | None]:
 
 async def _measure(arguments: argparse.Namespace, settings: tuple[Lengths, Lengths, Objectives]) -> Bench:
     from lowbit import __version__
-    from lowbit.ops.bench_prompts import source_text
-    from lowbit.ops.bench_results import Bench, machine_facts
+    from lowbit.ops.bench.prompts import source_text
+    from lowbit.ops.bench.results import Bench, machine_facts
 
     prompt, output, objectives = settings
     say = (lambda line: None) if arguments.quiet else lambda line: print(line, file=sys.stderr, flush=True)
@@ -177,7 +177,7 @@ async def _measure(arguments: argparse.Namespace, settings: tuple[Lengths, Lengt
 async def _offline(
     arguments: argparse.Namespace, prompt: Lengths, output: Lengths, repeats: int, text: str, say: Any
 ) -> list[Run]:
-    from lowbit.ops.bench_engine import bench_offline, context_for, prepare_models
+    from lowbit.ops.bench.engine import bench_offline, context_for, prepare_models
 
     models = await prepare_models(
         [(source, scheme) for source in arguments.models for scheme in _schemes(arguments)],
@@ -210,9 +210,9 @@ async def _serving(
     say: Any,
 ) -> tuple[list[Run], dict[str, Any]]:
     """The runs, and what else was set."""
-    from lowbit.ops.bench_client import Target
-    from lowbit.ops.bench_engine import context_for, prepare_models, running
-    from lowbit.ops.bench_serving import Load, bench_serving, fit_to_server
+    from lowbit.ops.bench.client import Target
+    from lowbit.ops.bench.engine import context_for, prepare_models, running
+    from lowbit.ops.bench.serving import Load, bench_serving, fit_to_server
 
     levels = _levels(arguments)
     seconds = None if arguments.requests else parse_seconds(arguments.duration or "30s", "--duration")
@@ -247,7 +247,7 @@ async def _serving(
 
 
 def _levels(arguments: argparse.Namespace) -> Sequence[Level]:
-    from lowbit.ops.bench_serving import Level
+    from lowbit.ops.bench.serving import Level
 
     if arguments.concurrency:
         clients = parse_rates(arguments.concurrency, "--concurrency")
@@ -274,7 +274,7 @@ def _bearer(key: str | None) -> dict[str, str]:
 
 def _write(bench: Bench, arguments: argparse.Namespace) -> None:
     from lowbit.checkpoint.files import dump_json
-    from lowbit.ops.bench_results import to_csv, write_file
+    from lowbit.ops.bench.results import to_csv, write_file
 
     document = dump_json(bench.to_json(), allow_nan=False)
     if arguments.json == "-":
@@ -288,7 +288,7 @@ def _write(bench: Bench, arguments: argparse.Namespace) -> None:
         write_file(path, to_csv(bench).encode())
     for each in (arguments.out, arguments.plot):
         if each:
-            from lowbit.ops.bench_plots import draw_bench
+            from lowbit.ops.bench.plots import draw_bench
 
             draw_bench(Path(each), bench)
 
@@ -335,8 +335,8 @@ def _plain(value: float | None) -> str:
 
 
 def _compare(first: str, second: str) -> int:
-    from lowbit.ops.bench_compare import compare
-    from lowbit.ops.bench_results import read_bench
+    from lowbit.ops.bench.compare import compare
+    from lowbit.ops.bench.results import read_bench
 
     before, after = read_bench(Path(first)), read_bench(Path(second))
     rows = compare(before, after)

@@ -14,7 +14,7 @@ from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
     from lowbit.gateway.config import ServeConfig
-    from lowbit.ops.deploy import Deployment
+    from lowbit.ops.deploy.run import Deployment
 
 HELP = "write the files that run a serve configuration under Docker Compose, Kubernetes or systemd"
 EXAMPLES = """\
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write all files, or none."""
     require_serve_extra("deploy")
     from lowbit.gateway.config import load_config
-    from lowbit.ops.deploy import plan_deployment
+    from lowbit.ops.deploy.run import plan_deployment
     from lowbit.ops.text_files import write_files
 
     if arguments.gpus is not None and arguments.gpus < 0:
@@ -72,14 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _files(arguments: argparse.Namespace, config: ServeConfig, deployment: Deployment) -> dict[str, str]:
     if arguments.kind == "compose":
-        from lowbit.ops.deploy_compose import compose_files
+        from lowbit.ops.deploy.compose import compose_files
 
         return compose_files(deployment)
     if arguments.kind == "kubernetes":
-        from lowbit.ops.deploy_kubernetes import kubernetes_files
+        from lowbit.ops.deploy.kubernetes import kubernetes_files
 
         return kubernetes_files(deployment, keda=arguments.keda)
-    from lowbit.ops.deploy_systemd import systemd_files
+    from lowbit.ops.deploy.systemd import systemd_files
 
     program = arguments.program or shutil.which("lowbit") or str(Path(sys.executable).with_name("lowbit"))
     return systemd_files(deployment, config, Path(program))

@@ -13,7 +13,7 @@ from lowbit.cli.progress import create_progress
 from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
-    from lowbit.ops.doctor import Report
+    from lowbit.ops.doctor.run import Report
 
 HELP = "find what is wrong with a checkpoint or a running gateway, with the command that mends it"
 EXAMPLES = """\
@@ -50,10 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _examine(arguments: argparse.Namespace) -> Report:
     if "://" in arguments.target:
-        from lowbit.ops.doctor_gateway import examine_gateway
+        from lowbit.ops.doctor.gateway import examine_gateway
 
         return examine_gateway(arguments.target, key=_key(arguments.api_key), ttft=arguments.ttft)
-    from lowbit.ops.doctor_model import examine_model
+    from lowbit.ops.doctor.model import examine_model
 
     progress = create_progress(quiet=arguments.quiet)
     try:

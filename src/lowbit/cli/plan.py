@@ -13,9 +13,9 @@ from lowbit.cli.output import plain, print_fields, print_table, write_json
 from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
-    from lowbit.ops.bench_load import Objectives
-    from lowbit.ops.fleet_model import Forecast, Replica, Work
-    from lowbit.ops.fleet_simulation import Cell
+    from lowbit.ops.bench.load import Objectives
+    from lowbit.ops.fleet.model import Forecast, Replica, Work
+    from lowbit.ops.fleet.simulation import Cell
 
 HELP = "how many replicas a load needs, from a measurement of one"
 EXAMPLES = """\
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, and print it."""
-    from lowbit.ops.bench_results import read_bench
-    from lowbit.ops.fleet_model import Work, replica_of, smallest_fleet
+    from lowbit.ops.bench.results import read_bench
+    from lowbit.ops.fleet.model import Work, replica_of, smallest_fleet
 
     prompt, output, objectives = read_settings(arguments)
     _check(arguments)
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     document = _document(arguments, replica, work, objectives, chosen)
     grid: list[Cell] = []
     if arguments.simulate:
-        from lowbit.ops.fleet_simulation import error_grid, simulate
+        from lowbit.ops.fleet.simulation import error_grid, simulate
 
         requests = min(40_000, max(4000, 200 * chosen.replicas * replica.slots))
         seen = simulate(

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune and say what went."""
-    from lowbit.ops.backup_check import prune
+    from lowbit.ops.backup.check import prune
 
     result = prune(
         open_backup(arguments),

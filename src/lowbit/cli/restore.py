@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Restore, and say what shows that it is whole."""
-    from lowbit.ops.backup_restore import restore
-    from lowbit.ops.backup_smoke import smoke_test
+    from lowbit.ops.backup.restore import restore
+    from lowbit.ops.backup.smoke import smoke_test
 
     store = open_backup(arguments)
     progress = create_progress(quiet=arguments.quiet)

@@ -13,11 +13,11 @@ from lowbit.cli.bench import read_settings, require_serving
 from lowbit.cli.options import number, positive, seed
 from lowbit.cli.output import human_seconds, print_fields, print_table, write_json
 from lowbit.errors import UsageError
-from lowbit.ops.bench_load import parse_seconds
+from lowbit.ops.bench.load import parse_seconds
 
 if TYPE_CHECKING:
     from lowbit.gateway.config import ServeConfig
-    from lowbit.ops.tune import Tuned, Workload
+    from lowbit.ops.tune.run import Tuned, Workload
 
 HELP = "find the engine's settings that serve a workload best on this machine"
 EXAMPLES = """\
@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Search, say what was found, write it down."""
     require_serving("lowbit tune")
-    from lowbit.ops.bench_prompts import source_text
-    from lowbit.ops.tune import tune
+    from lowbit.ops.bench.prompts import source_text
+    from lowbit.ops.tune.run import tune
 
     config, where = _config(arguments)
     workload, objectives = _workload(arguments)
@@ -132,8 +132,8 @@ def _config(arguments: argparse.Namespace) -> tuple[ServeConfig, tuple[str, str]
 
 
 def _workload(arguments: argparse.Namespace) -> tuple[Workload, Any]:
-    from lowbit.ops.bench_serving import Level, Load
-    from lowbit.ops.tune import Workload
+    from lowbit.ops.bench.serving import Level, Load
+    from lowbit.ops.tune.run import Workload
 
     prompt, output, objectives = read_settings(arguments)
     if (arguments.rate is None) == (arguments.concurrency is None):
@@ -148,7 +148,7 @@ def _workload(arguments: argparse.Namespace) -> tuple[Workload, Any]:
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[str, ...]:
-    from lowbit.ops.tune import SETTINGS
+    from lowbit.ops.tune.run import SETTINGS
 
     if arguments.settings is None:
         return SETTINGS
@@ -163,7 +163,7 @@ def _settings(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 def _destination(arguments: argparse.Namespace) -> Path | None:
     """The file to write, None for none; said before the search what would keep it from being written."""
-    from lowbit.ops.bench_results import check_writable
+    from lowbit.ops.bench.results import check_writable
 
     if arguments.dry_run:
         return None
@@ -181,8 +181,8 @@ def _destination(arguments: argparse.Namespace) -> Path | None:
 
 def _write(arguments: argparse.Namespace, config: ServeConfig, where: tuple[str, str], tuned: Tuned, out: Path) -> Path:
     """Write the winner's settings with the evidence."""
-    from lowbit.ops.bench_results import write_file
-    from lowbit.ops.tune_config import edit_tier, new_config, tier_changes
+    from lowbit.ops.bench.results import write_file
+    from lowbit.ops.tune.config import edit_tier, new_config, tier_changes
 
     changes = tier_changes(dict(tuned.winner.changes), tuned.evidence())
     if arguments.source.endswith((".yaml", ".yml")):

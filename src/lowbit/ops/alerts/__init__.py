@@ -1,0 +1,1 @@
+"""Alerts: rules, their tests, the dashboard and runbooks from one table."""

@@ -1,0 +1,1 @@
+"""Backups: content-addressed, resumable, proven by hashes."""

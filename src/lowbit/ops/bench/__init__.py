@@ -1,0 +1,1 @@
+"""Benchmarks of models alone and of gateways under load."""

@@ -1,0 +1,1 @@
+"""Deployment files from a serve configuration."""

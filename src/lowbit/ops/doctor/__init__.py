@@ -1,0 +1,1 @@
+"""Diagnoses of a checkpoint or a gateway, with what mends each."""

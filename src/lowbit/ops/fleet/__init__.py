@@ -1,0 +1,1 @@
+"""How many replicas a load needs: a model, and a simulation beside it."""

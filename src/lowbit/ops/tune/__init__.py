@@ -1,0 +1,1 @@
+"""Engine settings by successive halving over real runs."""
