@@ -221,7 +221,7 @@ class BitsAndBytesCodec:
         shape, size = state.get("shape"), state.get("blocksize")
         if not isinstance(shape, list) or len(shape) != 2 or not all(_is_count(extent) for extent in shape):
             raise CheckpointError(f"{_state(spec)}: shape must be two positive numbers, not {shape!r}")
-        if not _is_count(size) or size & (size - 1) or not 32 <= size <= 4096:
+        if not isinstance(size, int) or not _is_count(size) or size & (size - 1) or not 32 <= size <= 4096:
             raise CheckpointError(f"{_state(spec)}: blocksize must be a power of two from 32 to 4096, not {size!r}")
         if not entry.shape[1] - 16 <= shape[0] * shape[1] <= entry.shape[1]:
             raise CheckpointError(f"{_state(spec)}: shape {shape} does not fit {entry.shape[1]} packed codes")

@@ -93,10 +93,10 @@ def measure(tensors: Mapping[str, Stored], plan: Mapping[str, StoredWeight]) -> 
         for part in (kinds[kind_of(f"{module}.weight")], linear, total):
             _count(part, parameters, 0, storage)
     for name, info in tensors.items():
-        module = owner(name, plan)
+        found = owner(name, plan)
         size = math.prod(info.shape)
         parts = [kinds[kind_of(name)], total]
-        if module is not None and name != f"{module}.bias":
+        if found is not None and name != f"{found}.bias":
             for part in (*parts, linear):
                 part.bytes += size * info.dtype.itemsize
             continue

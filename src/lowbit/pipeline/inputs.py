@@ -43,11 +43,12 @@ class RoundingLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[..., in]``, rounded, times the weight."""
-        if self.inputs is not None and self.divisor is None:
+        divisor = self.divisor
+        if self.inputs is not None and divisor is None:
             x = fake_quantize(x, self.inputs, self.input_scale)
-        elif self.inputs is not None:
-            rounded = fake_quantize(x.float() / self.divisor, self.inputs, self.input_scale)
-            x = (rounded * self.divisor).to(x.dtype)
+        elif self.inputs is not None and divisor is not None:
+            rounded = fake_quantize(x.float() / divisor, self.inputs, self.input_scale)
+            x = (rounded * divisor).to(x.dtype)
         return nn.functional.linear(x, self.weight, self.bias)
 
 

@@ -131,11 +131,11 @@ def intercepted_attention(hook: CacheHook) -> Iterator[None]:
 
         return through_cache
 
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    AttentionInterface.get_interface = get_interface
     try:
         yield
     finally:
-        AttentionInterface.get_interface = original  # type: ignore[method-assign]
+        AttentionInterface.get_interface = original
 
 
 def _largest(vectors: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:

@@ -285,7 +285,7 @@ class StreamedModel:
             self._set(block, name, self._dense(f"{prefix}.{name}"))
         for name, module in block.named_modules():
             if f"{self.stored_name(f'{prefix}.{name}')}.k_scale" in self.checkpoint.tensors:
-                module.cache_scales = KvScales.read(self.checkpoint, self.stored_name(f"{prefix}.{name}"))  # type: ignore[assignment]
+                module.cache_scales = KvScales.read(self.checkpoint, self.stored_name(f"{prefix}.{name}"))
             entry = self.plan.get(self.stored_name(f"{prefix}.{name}"))
             if isinstance(module, RoundingLinear) and isinstance(entry, StoredGrid) and entry.inputs is not None:
                 scale = stored_input_scale(self.checkpoint, self.stored_name(f"{prefix}.{name}"), entry)

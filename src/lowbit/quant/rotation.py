@@ -32,7 +32,8 @@ def hadamard(size: int) -> torch.Tensor:
 def random_rotation(size: int, seed: int) -> torch.Tensor:
     """An orthogonal matrix, float32 ``[size, size]``: a Hadamard matrix whose rows have random signs, scaled."""
     signs = torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1.0
-    return hadamard(size) * signs / size**0.5
+    rotation: torch.Tensor = hadamard(size) * signs / size**0.5
+    return rotation
 
 
 def _core(order: int) -> torch.Tensor | None:
