@@ -39,6 +39,13 @@ QUIET = 20.0
 """Seconds without faults at the end, in which everything must come back."""
 
 
+def lives(process: psutil.Process) -> bool:
+    """Whether a process runs, rather than waits for somebody to hear of its end."""
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 @dataclass(frozen=True)
 class Sample:
     """The gateway at a moment: memory, open files, processes below it, sockets."""
@@ -268,7 +275,7 @@ class Soak:
         # what a gateway that was killed had answered in its last tenth of a second is not in its log
         if len(lost) > 60 * self.faults["gateway SIGKILL"]:
             found.append(f"{len(lost)} answers are in no log: {lost[:5]}")
-        found += [f"left behind: process {each.pid}" for each in self.seen.values() if each.is_running()]
+        found += [f"left behind: process {each.pid}" for each in self.seen.values() if lives(each)]
         return found + self.growth()
 
     def growth(self) -> list[str]:
