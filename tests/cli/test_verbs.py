@@ -49,11 +49,10 @@ def test_help_of_every_verb(verb: str, lowbit: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_parse(verb: str) -> None:
-    """What ``--help`` shows is accepted by the parser."""
-    for line in VERBS[verb].EXAMPLES.splitlines():
-        command = shlex.split(line, comments=True)
-        assert command[0] == "lowbit"
-        assert build_parser().parse_args(command[1:]).verb == verb
+    """What ``--help`` shows is accepted by the parser; other verbs and programs may stand beside this one."""
+    commands = [shlex.split(line, comments=True) for line in VERBS[verb].EXAMPLES.splitlines()]
+    shown = [build_parser().parse_args(command[1:]).verb for command in commands if command[0] == "lowbit"]
+    assert verb in shown
 
 
 def test_version(lowbit: Callable[..., Any]) -> None:

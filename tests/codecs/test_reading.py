@@ -93,8 +93,8 @@ def test_what_cannot_be_read_is_said_in_one_line(tiny_llama: Path, tmp_path: Pat
     def method(name: str) -> None:
         edit(out, lambda config: config["quantization_config"].update(quant_method=name))
 
-    method("bitsandbytes")
-    with open_checkpoint(out) as checkpoint, pytest.raises(UnsupportedError, match="'bitsandbytes' cannot be read"):
+    method("aqlm")
+    with open_checkpoint(out) as checkpoint, pytest.raises(UnsupportedError, match="'aqlm' cannot be read"):
         module_plan(checkpoint)
     method("gptq")
     tensors = load_file(out / "model.safetensors")
