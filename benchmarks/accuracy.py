@@ -97,8 +97,7 @@ def cases() -> Iterator[Case]:
             ("rtn", {}),
             ("gptaq", {}),
             ("awq+gptq", {"method": "gptq", "transform": "awq"}),
-            ("rotation+gptq", {"method": "gptq", "transform": "rotation"}),
-            ("best", {}),
+            ("rotation+gptq", {"method": "gptq", "rotate": "hadamard"}),
         ):
             yield Case(f"{name}-{bits}", bits, own(**{"method": name, **settings}))
         hqq = System("hqq", environment="hqq", script="hqq_peer.py", arguments=width)
