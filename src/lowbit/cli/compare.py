@@ -28,7 +28,7 @@ EXAMPLES = """\
   lowbit compare ./Qwen3-8B --calibration chats.jsonl --methods w8a8,fp8_dynamic,llm_int8,q8_0 --out candidates
   lowbit compare demo --methods rtn,gptq,iq3_xs --bits 3,2 --json comparison.json --report report"""
 
-METHODS = "rtn,gptq,awq,hqq,nf4,q4_k_m"
+METHODS = "rtn,gptq,gptaq,awq,hqq,nf4,q4_k_m"
 BITS = "4,3"
 DEMO_SAMPLES, DEMO_SEQ_LEN = 64, 512
 
