@@ -7,7 +7,7 @@ import argparse
 from lowbit.cli.backup_options import add_store_arguments, open_backup
 from lowbit.cli.options import SOURCE_HELP, add_report_arguments, parse_bytes
 from lowbit.cli.output import human_bytes, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 from lowbit.errors import UsageError
 
 HELP = "keep models at another place, incrementally: every byte once, each file by its sha256"
@@ -39,8 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lowbit.ops.backup.run import back_up
 
     store = open_backup(arguments)
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         result = back_up(
             arguments.models,
             store,
@@ -49,8 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
             read_all=arguments.read_all,
             progress=progress,
         )
-    finally:
-        progress.close()
     if arguments.json:
         write_json(result)
         return 0

@@ -7,7 +7,7 @@ import argparse
 from lowbit.cli.backup_options import add_store_arguments, open_backup
 from lowbit.cli.options import add_report_arguments
 from lowbit.cli.output import human_bytes, print_findings, print_table, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 
 HELP = "read a backup through: every snapshot and blob against its sha256"
 EXAMPLES = """\
@@ -30,8 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lowbit.ops.backup.check import verify_backup
 
     store = open_backup(arguments)
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         result = verify_backup(
             store,
             snapshot=arguments.snapshot,
@@ -39,8 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
             set_aside=arguments.set_aside,
             progress=progress,
         )
-    finally:
-        progress.close()
     if arguments.json:
         write_json({"ok": result.ok, **{name: getattr(result, name) for name in type(result).__slots__}})
         return 0 if result.ok else 2

@@ -15,7 +15,7 @@ from lowbit.cli.options import (
     positive,
 )
 from lowbit.cli.output import print_table, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not chosen:
         raise UsageError(f"--methods {arguments.methods!r}: names nothing to compare, e.g. gptq,nf4")
     demo = arguments.source == "demo"
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         comparison = compare(
             arguments.source,
             chosen,
@@ -105,8 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
             allow_pickle=arguments.allow_pickle,
             trust_remote_code=arguments.trust_remote_code,
         )
-    finally:
-        progress.close()
     page = write_report(report, comparison)
     best = frontier(comparison)
     if arguments.json:

@@ -6,7 +6,7 @@ import argparse
 
 from lowbit.cli.options import FORMATS, SOURCE_HELP, add_report_arguments, add_trust_arguments, split_size
 from lowbit.cli.output import print_fields, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 
 HELP = "store a checkpoint in another format, exactly, or say why that cannot be"
 EXAMPLES = """\
@@ -44,8 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert and say what was written."""
     from lowbit.pipeline.gguf_convert import convert
 
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         result = convert(
             arguments.source,
             arguments.out,
@@ -59,8 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
-    finally:
-        progress.close()
     if arguments.json:
         write_json(result)
         return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.cli.output import human_bytes, print_table, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 from lowbit.errors import LowbitError, ResourceError, UsageError
 from lowbit.pipeline.progress import Progress
 
@@ -86,12 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; name a directory")
     effort = QUICK if arguments.quick else FULL
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         models = quantize_all(out, effort, progress, overwrite=arguments.overwrite)
         comparison = compare(models, effort, progress)
-    finally:
-        progress.close()
 
     from lowbit.evaluation.report import write_report
 

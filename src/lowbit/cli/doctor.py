@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lowbit.cli.extras import require_serve_extra
 from lowbit.cli.options import SOURCE_HELP, add_report_arguments, number, positive
 from lowbit.cli.output import write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def _examine(arguments: argparse.Namespace) -> Report:
         return examine_gateway(arguments.target, key=_key(arguments.api_key), ttft=arguments.ttft)
     from lowbit.ops.doctor.model import examine_model
 
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         return examine_model(
             arguments.target,
             quick=arguments.quick,
@@ -64,8 +63,6 @@ def _examine(arguments: argparse.Namespace) -> Report:
             concurrency=arguments.concurrency,
             progress=progress,
         )
-    finally:
-        progress.close()
 
 
 def _key(text: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lowbit.cli.options import SOURCE_HELP, add_compute_arguments, add_trust_arguments, positive
 from lowbit.cli.output import human_bytes, print_fields, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 
 if TYPE_CHECKING:
     from lowbit.evaluation.results import Evaluation
@@ -53,8 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lowbit.evaluation.evaluate import evaluate
 
     model = Path(arguments.model)
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         result = evaluate(
             arguments.model,
             against=arguments.against,
@@ -69,8 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
-    finally:
-        progress.close()
     if arguments.json:
         write_json(result, arguments.json)
     if arguments.json != "-":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lowbit.cli.options import SOURCE_HELP, add_calibration_arguments, add_report_arguments, positive, size_of
 from lowbit.cli.output import human_bytes, plain, print_fields, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 from lowbit.cli.quantize import summary
 
 if TYPE_CHECKING:
@@ -73,11 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Fit and say what was chosen."""
     from lowbit.sizing.fit import fit
 
-    progress = create_progress(quiet=arguments.quiet)
     candidates = None
     if arguments.candidates is not None:
         candidates = [name.strip() for name in arguments.candidates.split(",") if name.strip()]
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         found = fit(
             arguments.source,
             arguments.out,
@@ -102,8 +101,6 @@ def run(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
-    finally:
-        progress.close()
     counts: dict[str, int] = {}
     for choice in found.fit.choices.values():
         counts[choice] = counts.get(choice, 0) + 1

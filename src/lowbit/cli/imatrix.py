@@ -12,7 +12,7 @@ from lowbit.cli.options import (
     add_trust_arguments,
 )
 from lowbit.cli.output import human_seconds, print_fields, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 
 HELP = "collect the importance matrix that GGUF quantization is weighted by"
 EXAMPLES = """\
@@ -39,8 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Collect and say what was written."""
     from lowbit.pipeline.imatrix import imatrix
 
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         result = imatrix(
             arguments.source,
             arguments.out,
@@ -57,8 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
-    finally:
-        progress.close()
     if arguments.json:
         write_json(result)
         return 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TextIO
 
 import psutil
@@ -28,6 +29,16 @@ def create_progress(*, quiet: bool = False, stream: TextIO | None = None) -> Pro
     if quiet:
         return Silent()
     return RichProgress(stream) if stream.isatty() else PlainProgress(stream)
+
+
+@contextmanager
+def shown_progress(*, quiet: bool = False) -> Iterator[Progress]:
+    """:func:`create_progress`, closed at the end."""
+    progress = create_progress(quiet=quiet)
+    try:
+        yield progress
+    finally:
+        progress.close()
 
 
 class Pace:

@@ -18,7 +18,7 @@ from lowbit.cli.options import (
     split_size,
 )
 from lowbit.cli.output import human_bytes, human_seconds, plain, print_fields, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 
 if TYPE_CHECKING:
     from lowbit.pipeline.quantize import QuantizeResult
@@ -41,53 +41,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("out", metavar="OUT", help="directory or .gguf file to write; it appears when complete")
-    what = parser.add_argument_group("what to write")
-    what.add_argument(
+    _add_formats(parser.add_argument_group("what to write"))
+    _add_gguf(parser.add_argument_group("GGUF files"))
+    _add_calibration(parser.add_argument_group("calibration"))
+    _add_running(parser.add_argument_group("running"))
+
+
+def _add_formats(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--scheme",
         help="W4A16 (default), W8A8, FP8_DYNAMIC, NVFP4 … or a number format such as int4-g128-sym; for a GGUF file "
         "Q4_K_M (default), Q6_K, IQ3_XS …",
     )
-    what.add_argument("--method", choices=METHODS, help="how weights are rounded (default: gptq)")
-    what.add_argument(
+    group.add_argument("--method", choices=METHODS, help="how weights are rounded (default: gptq)")
+    group.add_argument(
         "--transform",
         choices=TRANSFORMS,
         help="rewrite the weights before, without changing what the model computes (default: what the method brings)",
     )
-    what.add_argument(
+    group.add_argument(
         "--rotate", choices=("hadamard",), help="rotate the residual stream and the values, which changes no output"
     )
-    what.add_argument(
+    group.add_argument(
         "--sparsity", metavar="N:M|SHARE", help="make weights zero: 2:4, 4:8 or e.g. 50%%; alone with --scheme dense"
     )
-    what.add_argument("--pruner", choices=PRUNERS, help="which weights become zero (default: sparsegpt)")
-    what.add_argument("--format", choices=(*FORMATS[:-1], "gguf"), help="file format (default: compressed-tensors)")
-    what.add_argument("--bits", type=int, metavar="N", help="2 to 8, overrides the scheme")
-    what.add_argument(
+    group.add_argument("--pruner", choices=PRUNERS, help="which weights become zero (default: sparsegpt)")
+    group.add_argument("--format", choices=(*FORMATS[:-1], "gguf"), help="file format (default: compressed-tensors)")
+    group.add_argument("--bits", type=int, metavar="N", help="2 to 8, overrides the scheme")
+    group.add_argument(
         "--group-size", type=int, metavar="N", help="columns that share a scale: 32, 64, 128 …; -1 a row, 0 the matrix"
     )
-    symmetry = what.add_mutually_exclusive_group()
+    symmetry = group.add_mutually_exclusive_group()
     symmetry.add_argument("--sym", dest="symmetric", action="store_true", default=None, help="no zero points")
     symmetry.add_argument("--asym", dest="symmetric", action="store_false", help="a zero point for each scale")
-    what.add_argument(
+    group.add_argument(
         "--ordering", choices=("none", "static"), help="order in which GPTQ solves columns; static stores no g_idx"
     )
-    what.add_argument(
+    group.add_argument(
         "--kv-cache",
         choices=("fp8", "fp8-head"),
         help="calibrate FP8 scales of the key-value cache, one for each layer or each head, and store them",
     )
-    what.add_argument("--recipe", metavar="FILE", help="YAML recipe with rules per module; flags override it")
-    what.add_argument(
+    group.add_argument("--recipe", metavar="FILE", help="YAML recipe with rules per module; flags override it")
+    group.add_argument(
         "--skip", metavar="REGEX", action="append", default=[], help="leave modules that match dense; may be repeated"
     )
-    what.add_argument("--target", metavar="ENGINE", help="engine that must load the result, e.g. vllm==0.32")
-    blocks = parser.add_argument_group("GGUF files")
-    blocks.add_argument(
+    group.add_argument("--target", metavar="ENGINE", help="engine that must load the result, e.g. vllm==0.32")
+
+
+def _add_gguf(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--imatrix",
         metavar="FILE|auto",
         help="importance of each input column: a file of lowbit imatrix or llama.cpp, or collected first (auto)",
     )
-    blocks.add_argument(
+    group.add_argument(
         "--type",
         dest="types",
         metavar="REGEX=TYPE",
@@ -95,45 +103,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="type of the tensors whose GGUF name matches, e.g. 'ffn_down=Q6_K'; may be repeated, the first counts",
     )
-    blocks.add_argument("--pure", action="store_true", help="one type for all matrices, no mix")
-    blocks.add_argument(
+    group.add_argument("--pure", action="store_true", help="one type for all matrices, no mix")
+    group.add_argument(
         "--split-size",
         dest="split_bytes",
         metavar="SIZE",
         type=split_size,
         help="largest file, e.g. 4GB; more if needed",
     )
-    data = parser.add_argument_group("calibration")
-    add_calibration_arguments(data)
-    data.add_argument(
+
+
+def _add_calibration(group: argparse._ArgumentGroup) -> None:
+    add_calibration_arguments(group)
+    group.add_argument(
         "--all-experts",
         action="store_true",
         default=None,
         help="let every expert see every token, for its statistics only; outputs stay those of the router's choice",
     )
-    data.add_argument(
+    group.add_argument(
         "--certify-tokens",
         type=int,
         default=4096,
         metavar="N",
         help="held-out tokens to measure the result on, against the source (default: 4096; 0: no certificate)",
     )
-    running = parser.add_argument_group("running")
-    add_compute_arguments(running)
-    again = running.add_mutually_exclusive_group()
+
+
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    add_compute_arguments(group)
+    again = group.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     again.add_argument("--overwrite", action="store_true", help="replace OUT and forget an interrupted run")
-    running.add_argument("--revision", help="branch, tag or commit of a hub id")
-    add_trust_arguments(running)
-    add_report_arguments(running)
+    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+    add_trust_arguments(group)
+    add_report_arguments(group)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize and say what was written."""
     from lowbit.evaluation.certify import quantize
 
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         result = quantize(
             arguments.source,
             arguments.out,
@@ -171,8 +182,6 @@ def run(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
-    finally:
-        progress.close()
     if arguments.json:
         write_json({name: value for name, value in plain(result).items() if name != "held_out"})
     else:

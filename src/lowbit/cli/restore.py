@@ -8,7 +8,7 @@ from pathlib import Path
 from lowbit.cli.backup_options import add_store_arguments, open_backup
 from lowbit.cli.options import add_report_arguments
 from lowbit.cli.output import human_bytes, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 
 HELP = "bring models back from a backup to a new path, every chunk and file checked"
 EXAMPLES = """\
@@ -35,8 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lowbit.ops.backup.smoke import smoke_test
 
     store = open_backup(arguments)
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         result = restore(
             store,
             Path(arguments.out),
@@ -46,8 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
             smoke=smoke_test if arguments.smoke else None,
             progress=progress,
         )
-    finally:
-        progress.close()
     if arguments.json:
         write_json(result)
         return 0

@@ -6,7 +6,7 @@ import argparse
 
 from lowbit.cli.options import SOURCE_HELP, add_trust_arguments
 from lowbit.cli.output import print_findings, write_json
-from lowbit.cli.progress import create_progress
+from lowbit.cli.progress import shown_progress
 
 HELP = "check a checkpoint's hashes, headers, shapes, scales and codes"
 EXAMPLES = """\
@@ -26,16 +26,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the findings; the exit status is 2 if one is an error."""
     from lowbit.evaluation.verify import verify_checkpoint
 
-    progress = create_progress(quiet=arguments.quiet)
-    try:
+    with shown_progress(quiet=arguments.quiet) as progress:
         result = verify_checkpoint(
             arguments.path,
             allow_pickle=arguments.allow_pickle,
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
-    finally:
-        progress.close()
     if arguments.json:
         write_json(result)
         return 0 if result.ok else 2

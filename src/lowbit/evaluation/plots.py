@@ -187,7 +187,7 @@ def _divergence_by_bits(comparison: Comparison, theme: Theme) -> Figure | None:
     _log_axis(axes.yaxis, [value for _, value in measured])
     axes.margins(x=0.08, y=0.12)
     _label(axes, theme, "bits per weight of the quantized modules", "KL divergence (nats per token)")
-    _legend(figure, axes, theme, 6)
+    _legend(figure, axes, theme, 5)
     return figure
 
 
@@ -255,7 +255,7 @@ def _error_by_depth(comparison: Comparison, theme: Theme) -> Figure | None:
     figure.supxlabel("block", color=theme.muted, fontsize=10)
     figure.supylabel("relative output error", color=theme.muted, fontsize=10)
     fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
-    _legend(figure, fullest, theme, 6)
+    _legend(figure, fullest, theme, 5)
     return figure
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from aiohttp import ClientSession
 
@@ -13,10 +13,36 @@ from lowbit.gateway.launch import TierPlan
 from lowbit.gateway.policy import Request
 from lowbit.gateway.protocol import Failure
 
-if TYPE_CHECKING:
-    from lowbit.gateway.pool import Pool
-
 __all__ = ["PoolLease"]
+
+
+class Lender(Protocol):
+    """What a lease tells the pool that made it, and asks of it."""
+
+    @property
+    def session(self) -> ClientSession:
+        """The client session to all engines."""
+        ...
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        ...
+
+    def feed(self, event: learning.Event) -> None:
+        """Something was learned about a tier."""
+        ...
+
+    def heard_first(self, lease: PoolLease, seconds: float) -> None:
+        """The first token came."""
+        ...
+
+    def heard_failure(self, lease: PoolLease, failure: Failure) -> None:
+        """The engine did not do its part."""
+        ...
+
+    def heard_end(self, lease: PoolLease) -> None:
+        """The place is free again."""
+        ...
 
 
 class PoolLease:
@@ -25,7 +51,7 @@ class PoolLease:
     __slots__ = ("_base_url", "_plan", "_pool", "_released", "_reported", "incarnation", "request", "supervisor")
 
     def __init__(
-        self, pool: Pool, plan: TierPlan, supervisor: Supervisor | None, incarnation: int, request: Request
+        self, pool: Lender, plan: TierPlan, supervisor: Supervisor | None, incarnation: int, request: Request
     ) -> None:
         self._pool, self._plan = pool, plan
         self.supervisor, self.incarnation, self.request = supervisor, incarnation, request

@@ -105,10 +105,7 @@ def fit(
         check_room(asked, offered_caches(asked, kv_dtype))
     elif (context, kv_dtype, gpus) != (None, "auto", None):
         raise UsageError("--context, --kv-dtype and --gpus belong to --memory: give that as the budget")
-    if format == GGUF:
-        check_name(Path(out), overwrite=overwrite)
-    else:
-        check_output(Path(out), resume=False, overwrite=overwrite)
+    _check_out(Path(out), format, overwrite=overwrite)
     data: dict[str, Any] = {
         "calibration": calibration, "seed": seed, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
@@ -124,10 +121,7 @@ def fit(
         known = {name: measurement.caches[name] for name in wanted if name in measurement.caches}
         chosen, serving = choose_together(asked, measurement, known, reason)
     progress.message(_told(chosen, serving))
-    if format == GGUF:
-        how: dict[str, Any] = {"scheme": GGUF_BASE, "imatrix": "auto", "types": gguf_types(source, chosen)}
-    else:
-        how = {"recipe": chosen.recipe(measurement)}
+    how = _how(source, measurement, chosen, format)
     result = quantize(
         source, out, **how, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed,
         certify_tokens=certify_tokens, device=device, memory=work_memory, overwrite=overwrite,
@@ -137,6 +131,21 @@ def fit(
     if report is not None:
         plots = draw_fit(Path(report), measurement, chosen, curve(measurement, chosen.bytes), result.quality)
     return FitResult(chosen, chosen.divergence, result, measurement, plots, serving)
+
+
+def _check_out(out: Path, format: str, *, overwrite: bool) -> None:
+    """Raise for an output that cannot be written, before anything is measured."""
+    if format == GGUF:
+        check_name(out, overwrite=overwrite)
+    else:
+        check_output(out, resume=False, overwrite=overwrite)
+
+
+def _how(source: str | Path, measurement: Measurement, chosen: Fit, format: str) -> dict[str, Any]:
+    """What :func:`lowbit.quantize` is told to make of the choice."""
+    if format == GGUF:
+        return {"scheme": GGUF_BASE, "imatrix": "auto", "types": gguf_types(source, chosen)}
+    return {"recipe": chosen.recipe(measurement)}
 
 
 def _told(chosen: Fit, serving: Serving | None) -> str:
