@@ -72,6 +72,7 @@ class Soak:
     samples: list[Sample] = field(default_factory=list)
     seen: dict[int, psutil.Process] = field(default_factory=dict)
     numbers: int = 0
+    settled: asyncio.Event = field(default_factory=asyncio.Event)  # the last gateway is up, its models were asked
     stopping: bool = False
 
     @property
@@ -174,6 +175,9 @@ class Soak:
                 await self.end(number)
                 await self.start(http)
                 continue
+            if not restarts and not self.settled.is_set():
+                await self.every_kind(http)
+                self.settled.set()
             engines = self.engines()
             if engines:
                 await self.harm(http, chance.choice(engines), chance)
@@ -198,9 +202,9 @@ class Soak:
                     await response.read()
             self.faults[kind] += 1
 
-    async def watch(self, until: float) -> None:
-        """Samples of the gateway that runs last, once it has been up for a while."""
-        await asyncio.sleep(max(0.0, until - 0.6 * self.seconds - time.monotonic()))
+    async def watch(self) -> None:
+        """Samples of the gateway that runs last, once it has loaded what it can."""
+        await self.settled.wait()
         while not self.stopping:
             self.samples.append(self.sample())
             await asyncio.sleep(1.0)
@@ -218,11 +222,12 @@ class Soak:
         async with ClientSession(connector=connector, timeout=ClientTimeout(total=None)) as http:
             await self.start(http)
             until = time.monotonic() + self.seconds
-            watching = asyncio.create_task(self.watch(until))
+            watching = asyncio.create_task(self.watch())
             loads = [self.load(http, until, random.Random(self.seed + number)) for number in range(24)]
             await asyncio.gather(self.trouble(http, until, chance), *loads)
             await self.recover(http)
             self.stopping = True
+            self.settled.set()
             await watching
             self.samples.append(self.sample())
             await self.end(signal.SIGTERM)
@@ -233,10 +238,9 @@ class Soak:
             with suppress(psutil.Error):
                 engine.resume()
         end = time.monotonic() + 2 * QUIET
-        kinds = [kind for kind in CALLS if "leaving" not in kind]
         while time.monotonic() < end:
             before = len(self.outcomes)
-            await asyncio.gather(*(self.one(http, kind) for kind in kinds for _ in range(3)))
+            kinds = await self.every_kind(http)
             good = sum(each.result == "answered" for each in self.outcomes[before:])
             if good == 3 * sum(not self.senseless(kind) for kind in kinds):
                 break
@@ -249,6 +253,12 @@ class Soak:
         for model in status["models"]:
             if model["queued"] or any(tier["in_flight"] for tier in model["tiers"]):
                 self.wrong.append(f"{model['name']}: something is still under way: {model}")
+
+    async def every_kind(self, http: ClientSession) -> list[str]:
+        """Three calls of each kind, so that every model is loaded."""
+        kinds = [kind for kind in CALLS if "leaving" not in kind]
+        await asyncio.gather(*(self.one(http, kind) for kind in kinds for _ in range(3)))
+        return kinds
 
     @staticmethod
     def senseless(kind: str) -> bool:
@@ -279,11 +289,11 @@ class Soak:
         return found + self.growth()
 
     def growth(self) -> list[str]:
-        """Whether the last quarter's samples are above the first quarter's."""
-        quarter = max(1, len(self.samples) // 4)
+        """Whether the end, without load, is above what was usual under load in the first half."""
+        half = max(1, len(self.samples) // 2)
         found = []
         for name, allowed in (("rss", 24 * 2**20), ("files", 40), ("processes", 4), ("sockets", 40)):
-            early = statistics.median(getattr(each, name) for each in self.samples[:quarter])
+            early = statistics.median(getattr(each, name) for each in self.samples[:half])
             late = getattr(self.samples[-1], name)
             if late > early + allowed:
                 found.append(f"{name} grew from {early} to {late}")
