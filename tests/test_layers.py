@@ -17,6 +17,7 @@ LAYERS = (
     "checkpoint",
     "codecs",
     "quant",
+    "devices",
     "planning",
     "calibration",
     "pipeline",

@@ -6,9 +6,9 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+from lowbit.devices.nvml import nvml_gpus
 from lowbit.planning import NumaNode
 from lowbit.planning.hardware import numa_nodes
-from lowbit.planning.nvml import nvml_gpus
 
 
 class Driver:

@@ -1,7 +1,7 @@
 """Planning: hardware, cost, tensor parallelism, engine rules, and the preflight that uses them all."""
 
+from lowbit.devices.gpu import Gpu
 from lowbit.planning.cost import Prediction, Workload, predict
-from lowbit.planning.gpu import Gpu
 from lowbit.planning.hardware import Hardware, NumaNode, free_disk, measure_gemm, peak_memory, probe, reset_peak_memory
 from lowbit.planning.modules import PlannedModule
 from lowbit.planning.parallel import ParallelPlan, tensor_parallel

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from lowbit.planning.gpu import Gpu
-from lowbit.planning.nvml import nvml_gpus
+from lowbit.devices.gpu import Gpu
+from lowbit.devices.nvml import nvml_gpus
 
 _UNLIMITED = 1 << 60
 

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-from lowbit.planning.gpu import Gpu
+from lowbit.devices.gpu import Gpu
 
 _LIBRARIES = ("libnvidia-ml.so.1", "nvml.dll")
 _NAME_BYTES = 96

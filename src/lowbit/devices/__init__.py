@@ -1,0 +1,1 @@
+"""GPUs as the driver tells of them; nothing here imports torch."""
