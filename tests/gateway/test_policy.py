@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from world import GIB, Engine, Ticket, World, make_policy, tier
 
 from lowbit.gateway.learning import LoadStarted, Tick, initial, learn
-from lowbit.gateway.policy import Load, Reject, Request, Route, Settings
+from lowbit.gateway.policy import Load, Reject, Request, Route, Settings, TierPolicy
 from lowbit.gateway.routing import decide, urgency
 
 CHAT = Request("chat")
@@ -275,6 +275,63 @@ def test_eviction_takes_no_more_than_it_needs() -> None:
     assert [name for _, name in events(world, "draining")] == ["b@x"]
 
 
+def on_gpu(model: str, name: str, host: float, *gpus: float, **facts: object) -> TierPolicy:
+    return replace(tier(model, name, host, **facts), gpu_memory=tuple(int(size * GIB) for size in gpus))
+
+
+def test_a_tier_needs_room_in_both_pools() -> None:
+    groups = {"a": [on_gpu("a", "int4", 1, 6)], "b": [on_gpu("b", "int4", 1, 6)], "c": [tier("c", "int4", 4)]}
+    world = World(make_policy(groups, 6 * GIB, gpus=(10 * GIB,)))
+    for n, name in enumerate("acb"):
+        world.ask(5.0 * n, Request(name))
+    world.run(30.0)
+    assert {ticket.outcome for ticket in world.tickets} == {f"answered@{name}@int4" for name in "abc"}
+    assert [name for _, name in events(world, "draining")] == ["a@int4"], "only GPU memory was short, c holds none"
+    assert world.snapshot.held == (5 * GIB, 6 * GIB)
+
+
+def test_host_memory_is_made_where_host_memory_is_short() -> None:
+    groups = {"a": [on_gpu("a", "int4", 0.5, 6)], "b": [tier("b", "int4", 4)], "c": [on_gpu("c", "int4", 3, 1)]}
+    world = World(make_policy(groups, 5 * GIB, gpus=(10 * GIB,)))
+    for n, name in enumerate("bac"):
+        world.ask(5.0 * n, Request(name))
+    world.run(30.0)
+    assert [name for _, name in events(world, "draining")] == ["b@int4"]
+
+
+def test_gpus_are_pools_of_their_own() -> None:
+    groups = {"a": [on_gpu("a", "x", 1, 8)], "b": [on_gpu("b", "x", 1, 0, 8)], "c": [on_gpu("c", "x", 1, 0, 4)]}
+    world = World(make_policy(groups, 9 * GIB, gpus=(10 * GIB, 10 * GIB)))
+    for n, name in enumerate("abc"):
+        world.ask(5.0 * n, Request(name))
+    world.run(30.0)
+    assert [name for _, name in events(world, "draining")] == ["b@x"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "pinned", "words"),
+    [
+        ((), False, "needs 6442450944 bytes of memory of GPU 0, there are 0"),
+        ((4 * GIB,), False, "needs 6442450944 bytes of memory of GPU 0, there are 4294967296"),
+        ((8 * GIB,), True, "there are 8589934592, 6442450944 of them pinned"),
+    ],
+)
+def test_a_tier_larger_than_the_gpu_says_which_memory(gpus: tuple[int, ...], pinned: bool, words: str) -> None:
+    groups = {"chat": [on_gpu("chat", "int4", 1, 6)], "other": [on_gpu("other", "int4", 1, 6, pinned=pinned)]}
+    policy = make_policy(groups, 20 * GIB, gpus=gpus)
+    answer = decide(policy, initial(policy, 0.0), CHAT)
+    assert isinstance(answer, Reject)
+    assert (answer.status, answer.code) == (503, "insufficient_memory")
+    assert words in answer.message
+
+
+def test_a_request_limits_the_memory_of_both() -> None:
+    policy = make_policy({"chat": [on_gpu("chat", "int4", 1, 6)]}, 20 * GIB, gpus=(8 * GIB,))
+    snapshot = initial(policy, 0.0)
+    assert isinstance(decide(policy, snapshot, Request("chat", memory_limit=6 * GIB)), Reject)
+    assert decide(policy, snapshot, Request("chat", memory_limit=7 * GIB)) == Load("chat@int4")
+
+
 def test_an_engine_elsewhere_takes_no_memory_and_is_there_at_once() -> None:
     policy = make_policy({"chat": [tier("chat", "int4", 0, remote=True)]}, 0)
     assert decide(policy, initial(policy, 0.0), CHAT) == Route("chat@int4")
@@ -319,6 +376,9 @@ def random_world(chance: random.Random) -> World:
     for model in "abc"[: chance.randint(1, 3)]:
         chosen = sorted(chance.sample(names, chance.randint(1, 3)), key=lambda item: -item[1])
         groups[model] = [tier(model, name, size, concurrency=chance.randint(1, 3)) for name, size in chosen]
+    gpus = tuple(chance.choice([1, 3, 6, 12]) * GIB for _ in range(chance.choice([0, 0, 1, 2])))
+    for group in groups.values():
+        group[:] = [moved(each, chance, len(gpus)) for each in group]
     if chance.random() < 0.5:
         first = groups["a"]
         first[-1] = replace(first[-1], pinned=True)
@@ -334,7 +394,18 @@ def random_world(chance: random.Random) -> World:
         max_cooldown=20.0,
         patience=chance.choice([0.5, 3.0]),
     )
-    return World(make_policy(groups, budget * GIB, rules))
+    return World(make_policy(groups, budget * GIB, rules, gpus))
+
+
+def moved(found: TierPolicy, chance: random.Random, gpus: int) -> TierPolicy:
+    """The tier, perhaps with most of it on one GPU or on all."""
+    if not gpus or chance.random() < 0.4:
+        return found
+    whole = chance.random() < 0.3
+    at = chance.randrange(gpus)
+    share = found.memory // gpus if whole else found.memory
+    sizes = tuple(share if whole or number == at else 0 for number in range(gpus))
+    return replace(found, memory=chance.choice([0, GIB // 2]), gpu_memory=sizes)
 
 
 def random_faults(world: World, chance: random.Random, until: float) -> None:
@@ -383,7 +454,7 @@ def acceptable(world: World, ticket: Ticket) -> bool:
         served.model == wanted.model
         and wanted.tier in (None, served.name)
         and served.bits >= floor
-        and (wanted.memory_limit is None or served.memory <= wanted.memory_limit)
+        and (wanted.memory_limit is None or served.footprint <= wanted.memory_limit)
     )
 
 
@@ -419,8 +490,13 @@ def test_thousands_of_random_schedules() -> None:
 def test_without_faults_nobody_starves(seed: int) -> None:
     """Whatever fits is answered, within a bound on the wait, although models may have to take turns in memory."""
     chance = random.Random(seed)
-    groups = {name: [tier(name, "int4", chance.choice([1, 2]), concurrency=2)] for name in "abc"}
-    world = World(make_policy(groups, chance.choice([2, 3, 4]) * GIB, Settings(patience=1.0)))
+    groups = {}
+    for name in "abc":
+        size, host = chance.choice([1, 2]), chance.choice([0.5, 1])
+        on_cpu = tier(name, "int4", size, concurrency=2)
+        groups[name] = [chance.choice([on_cpu, on_gpu(name, "int4", host, size, concurrency=2)])]
+    budget, gpu = chance.choice([2, 3, 4]), chance.choice([2, 3, 4])
+    world = World(make_policy(groups, budget * GIB, Settings(patience=1.0), gpus=(gpu * GIB,)))
     for _ in range(60):
         world.ask(chance.uniform(0, 20), Request(chance.choice("abc")), timeout=200.0)
     world.run(100.0)

@@ -9,24 +9,41 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lowbit.gateway import learning
-from lowbit.gateway.policy import Load, ModelPolicy, Policy, Queue, Reject, Request, Route, Settings, TierPolicy
+from lowbit.gateway.policy import (
+    Load,
+    ModelPolicy,
+    Policy,
+    Queue,
+    Reject,
+    Request,
+    Route,
+    Settings,
+    TierHealth,
+    TierPolicy,
+)
 from lowbit.gateway.routing import decide, maintain, urgency
 
 GIB = 1024**3
 
 
-def make_policy(tiers: dict[str, list[TierPolicy]], budget: int, settings: Settings | None = None) -> Policy:
+def make_policy(
+    tiers: dict[str, list[TierPolicy]], budget: int, settings: Settings | None = None, gpus: tuple[int, ...] = ()
+) -> Policy:
     every = [tier for group in tiers.values() for tier in group]
     models = {
         name: ModelPolicy(name, tuple(tier.id for tier in group), settings or Settings())
         for name, group in tiers.items()
     }
-    return Policy({tier.id: tier for tier in every}, models, budget)
+    return Policy({tier.id: tier for tier in every}, models, budget, gpus)
 
 
 def tier(model: str, name: str, memory: float = 1, **facts: object) -> TierPolicy:
     bits = {"bf16": 16.0, "int8": 8.0, "int4": 4.0}.get(name, 16.0)
     return TierPolicy(f"{model}@{name}", model, name, bits, int(memory * GIB), **facts)  # type: ignore[arg-type]
+
+
+def gpu_bytes(held: TierHealth | TierPolicy, number: int) -> int:
+    return held.gpu_memory[number] if number < len(held.gpu_memory) else 0
 
 
 @dataclass
@@ -97,6 +114,8 @@ class World:
 
     def _check(self) -> None:
         assert self.snapshot.memory <= self.policy.memory_budget
+        for number, budget in enumerate(self.policy.gpu_budgets):
+            assert sum(gpu_bytes(health, number) for health in self.snapshot.tiers.values()) <= budget
         for name, health in self.snapshot.tiers.items():
             assert 0 <= health.in_flight <= self.policy.tiers[name].concurrency
             assert health.in_flight == len(self.running[name])

@@ -113,7 +113,7 @@ class Crashed(_TierEvent):
 
 @dataclass(frozen=True, slots=True)
 class Measured(_TierEvent):
-    """Bytes that the engine's processes really hold."""
+    """Bytes of host memory that the engine's processes really hold."""
 
     memory: int
 
@@ -151,7 +151,7 @@ def initial(policy: Policy, now: float) -> Snapshot:
         for tier in policy.tiers.values()
     }
     levels = {name: Level(dwell=model.settings.dwell) for name, model in policy.models.items()}
-    return Snapshot(now, tiers, levels, policy.memory_budget)
+    return Snapshot(now, tiers, levels, policy.memory_budget, gpu_budgets=policy.gpu_budgets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,8 @@ def _ended(settings: Settings, tier: TierPolicy, health: TierHealth, event: Ende
 
 
 def _load_started(settings: Settings, tier: TierPolicy, health: TierHealth, event: LoadStarted) -> None:
-    health.state, health.memory, health.changed_at = "loading", tier.memory, event.now
+    health.state, health.changed_at = "loading", event.now
+    health.memory, health.gpu_memory = tier.memory, tier.gpu_memory
 
 
 def _loaded(settings: Settings, tier: TierPolicy, health: TierHealth, event: Loaded) -> None:
@@ -260,7 +261,8 @@ def _forget_speed(health: TierHealth) -> None:
 
 
 def _load_failed(settings: Settings, tier: TierPolicy, health: TierHealth, event: LoadFailed) -> None:
-    health.state, health.memory, health.changed_at, health.reason = "failed", 0, event.now, event.reason
+    health.state, health.changed_at, health.reason = "failed", event.now, event.reason
+    health.memory, health.gpu_memory = 0, ()
     _open(settings, health, event.now, settings.cooldown * _LOAD_COOLDOWN)
 
 
@@ -269,7 +271,8 @@ def _draining(settings: Settings, tier: TierPolicy, health: TierHealth, event: D
 
 
 def _unloaded(settings: Settings, tier: TierPolicy, health: TierHealth, event: Unloaded) -> None:
-    health.state, health.memory, health.changed_at = "cold", 0, event.now
+    health.state, health.changed_at = "cold", event.now
+    health.memory, health.gpu_memory = 0, ()
 
 
 def _crashed(settings: Settings, tier: TierPolicy, health: TierHealth, event: Crashed) -> None:

@@ -11,16 +11,19 @@ The rules, from the four services that people write by hand:
 - *which tier*: named, or required (precision, memory limit, speed), or by the model's order from its present level;
 - *fallback*: a circuit that opened is passed over until its cool-down ends; then one request probes it;
 - *degradation*: the level of a model steps down while its objectives are missed, and climbs back (``learning``);
-- *memory*: a tier is loaded only where it fits; the least recently used idle tiers make room, a busy one is drained
-  only for a request that has waited for ``patience`` seconds.
+- *memory*: a tier is loaded only where it fits, into host memory and into each GPU's; the least recently used idle
+  tiers that hold what is short make room, a busy one is drained only for a request that has waited for ``patience``
+  seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Literal, TypeAlias
+
+from lowbit.gateway.room import Room, added
 
 __all__ = [
     "Circuit",
@@ -52,10 +55,10 @@ INFINITY = float("inf")
 class TierPolicy:
     """What is fixed about one tier.
 
-    ``id`` is ``model@tier``; ``bits`` of its weights (16, 8, 4 …); ``memory`` the bytes it takes when loaded, 0 for an
-    engine elsewhere; ``concurrency`` the requests it answers at a time; ``kl`` its measured divergence from the
-    original in nats per token, None where nobody measured; ``remote`` engines are always there: neither loaded nor
-    evicted.
+    ``id`` is ``model@tier``; ``bits`` of its weights (16, 8, 4 …); ``memory`` the bytes of host memory it takes when
+    loaded, 0 for an engine elsewhere, and ``gpu_memory`` those of each GPU by number; ``concurrency`` the requests it
+    answers at a time; ``kl`` its measured divergence from the original in nats per token, None where nobody measured;
+    ``remote`` engines are always there: neither loaded nor evicted.
     """
 
     id: str
@@ -67,6 +70,17 @@ class TierPolicy:
     kl: float | None = None
     pinned: bool = False
     remote: bool = False
+    gpu_memory: tuple[int, ...] = ()
+
+    @property
+    def room(self) -> Room:
+        """Bytes by pool: host, then each GPU."""
+        return (self.memory, *self.gpu_memory)
+
+    @property
+    def footprint(self) -> int:
+        """Bytes in all pools together."""
+        return self.memory + sum(self.gpu_memory)
 
     @property
     def precision(self) -> Precision:
@@ -118,11 +132,17 @@ class ModelPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """All that is fixed: tiers by id, models by name, bytes of memory that loaded tiers share."""
+    """All that is fixed: tiers by id, models by name, bytes that loaded tiers share: of host memory, of each GPU."""
 
     tiers: Mapping[str, TierPolicy]
     models: Mapping[str, ModelPolicy]
     memory_budget: int
+    gpu_budgets: tuple[int, ...] = ()
+
+    @property
+    def room(self) -> Room:
+        """Bytes by pool: host, then each GPU."""
+        return (self.memory_budget, *self.gpu_budgets)
 
 
 @dataclass(slots=True)
@@ -130,7 +150,8 @@ class TierHealth:
     """What is known of one tier at a moment. Changed in place, four times for each request: a copy would cost more than
     the rest of the policy.
 
-    ``memory`` is what it holds now (reserved from the start of loading until the process is gone); ``openings`` counts
+    ``memory`` and ``gpu_memory`` are what it holds now, of the host and of each GPU (reserved from the start of loading
+    until the process is gone); ``openings`` counts
     openings of the circuit without a success between them; ``cooldown`` is the present cool-down; averages are
     exponential, in seconds, None until measured; ``measured_at`` is when they were last fed; ``incarnation`` counts its
     processes; ``changed_at`` is when ``state`` last changed.
@@ -153,6 +174,12 @@ class TierHealth:
     incarnation: int = 0
     changed_at: float = -INFINITY
     reason: str = ""
+    gpu_memory: tuple[int, ...] = ()
+
+    @property
+    def room(self) -> Room:
+        """Bytes by pool: host, then each GPU."""
+        return (self.memory, *self.gpu_memory)
 
     @property
     def probe_at(self) -> float:
@@ -192,22 +219,28 @@ class Snapshot:
     memory_budget: int
     reserved: str | None = None
     reserved_until: float = -INFINITY
+    gpu_budgets: tuple[int, ...] = ()
 
     def copy(self, now: float) -> Snapshot:
         """The same at ``now``, for keeping."""
         tiers = {name: TierHealth(*_HEALTH(health)) for name, health in self.tiers.items()}
-        return Snapshot(now, tiers, dict(self.levels), self.memory_budget, self.reserved, self.reserved_until)
+        return replace(self, now=now, tiers=tiers, levels=dict(self.levels))
 
     @property
     def memory(self) -> int:
-        """Bytes held by all tiers."""
+        """Bytes of host memory held by all tiers."""
         return sum(health.memory for health in self.tiers.values())
+
+    @property
+    def held(self) -> Room:
+        """Bytes held by all tiers in each pool: host, then each GPU."""
+        return added([health.room for health in self.tiers.values()])
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a client wants. ``tier`` names one; else ``precision`` is the least it takes, ``memory_limit`` the most
-    bytes the tier may hold, ``speed`` prefers the fastest. ``priority``: higher goes first; waiting raises it.
+    bytes the tier may hold in all, ``speed`` prefers the fastest. ``priority``: higher goes first; waiting raises it.
     ``arrived`` and ``deadline`` are times on the snapshot's clock; ``tokens_estimate`` covers prompt and answer;
     ``stream`` says whether a first token will be seen before the whole answer.
     """

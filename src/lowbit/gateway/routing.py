@@ -20,6 +20,7 @@ from lowbit.gateway.policy import (
     TierHealth,
     TierPolicy,
 )
+from lowbit.gateway.room import Room, added, beyond, fits, pool_name, taken
 
 __all__ = ["Action", "Unload", "decide", "maintain", "serving_order", "urgency"]
 
@@ -126,9 +127,9 @@ def _wanted(policy: Policy, snapshot: Snapshot, model: ModelPolicy, request: Req
                 f"model {model.name!r} has no tier of {request.precision} precision: {names}",
             )
     if request.memory_limit is not None:
-        tiers = [tier for tier in tiers if tier.memory <= request.memory_limit]
+        tiers = [tier for tier in tiers if tier.footprint <= request.memory_limit]
         if not tiers:
-            least_memory = min(policy.tiers[name].memory for name in model.tiers)
+            least_memory = min(policy.tiers[name].footprint for name in model.tiers)
             return Reject(
                 400,
                 "memory_limit",
@@ -138,24 +139,34 @@ def _wanted(policy: Policy, snapshot: Snapshot, model: ModelPolicy, request: Req
         tiers.sort(key=lambda tier: _speed(snapshot.tiers[tier.id], tier))
     possible = [tier for tier in tiers if _fits_ever(policy, tier)]
     if not possible:
-        need = min(tier.memory for tier in tiers)
-        return Reject(
-            503,
-            "insufficient_memory",
-            f"model {model.name!r} needs {need} bytes of the {policy.memory_budget} there are",
-        )
+        return Reject(503, "insufficient_memory", _lack(policy, model, min(tiers, key=lambda tier: tier.footprint)))
     return possible
+
+
+def _lack(policy: Policy, model: ModelPolicy, tier: TierPolicy) -> str:
+    """Why a tier can never be loaded."""
+    free = taken(policy.room, _fixed(policy, tier))
+    pool = beyond(tier.room, free)[0]
+    budget = policy.room[pool] if pool < len(policy.room) else 0
+    what = f"model {model.name!r} needs {tier.room[pool]} bytes of {pool_name(pool)}, there are {budget}"
+    return what if pool >= len(free) or free[pool] == budget else f"{what}, {budget - free[pool]} of them pinned"
 
 
 def _speed(health: TierHealth, tier: TierPolicy) -> tuple[bool, float]:
     """Sort key: measured inter-token latency; unmeasured ones after, by bytes, which decoding must read per token."""
-    return (health.ewma_itl is None, health.ewma_itl if health.ewma_itl is not None else float(tier.memory))
+    return (health.ewma_itl is None, health.ewma_itl if health.ewma_itl is not None else float(tier.footprint))
 
 
 def _fits_ever(policy: Policy, tier: TierPolicy) -> bool:
     """Whether the tier fits beside everything that is never evicted."""
-    fixed = sum(other.memory for other in policy.tiers.values() if other.pinned and other.id != tier.id)
-    return tier.remote or tier.memory + (0 if tier.pinned else fixed) <= policy.memory_budget
+    return tier.remote or fits(tier.room, taken(policy.room, _fixed(policy, tier)))
+
+
+def _fixed(policy: Policy, tier: TierPolicy) -> Room:
+    """What a tier can never have; pinned ones fit together, which was checked at the start."""
+    if tier.pinned:
+        return ()
+    return added([other.room for other in policy.tiers.values() if other.pinned])
 
 
 def _make_room(
@@ -170,24 +181,26 @@ def _make_room(
     """Load ``tier``, evicting the least recently used where it does not fit; or wait until that may be done.
 
     Idle tiers go when they have been unused for ``grace`` seconds, or the request has waited for ``patience``; busy
-    ones then too, if they had as long a turn themselves, so that two models that do not fit together take turns.
-    ``among`` limits the victims.
+    ones then too, if they had as long a turn themselves, so that two models that do not fit together take turns. Those
+    that hold nothing of what is short stay. ``among`` limits the victims.
     """
     now = snapshot.now
-    free = policy.memory_budget - snapshot.memory
+    free = taken(policy.room, snapshot.held)
     if snapshot.reserved not in (None, tier.id) and now < snapshot.reserved_until:
-        fits = tier.memory <= free - policy.tiers[str(snapshot.reserved)].memory
-        return Load(tier.id) if fits else Queue(now + _ASK_AGAIN, tier.id)
-    if tier.memory <= free:
+        rest = taken(free, policy.tiers[str(snapshot.reserved)].room)
+        return Load(tier.id) if fits(tier.room, rest) else Queue(now + _ASK_AGAIN, tier.id)
+    if fits(tier.room, free):
         return Load(tier.id)
-    free += sum(health.memory for health in snapshot.tiers.values() if health.state == "draining")
-    if tier.memory <= free:
+    free = added([free, *(health.room for health in snapshot.tiers.values() if health.state == "draining")])
+    if fits(tier.room, free):
         return Queue(now + _ASK_AGAIN, tier.id)
     patient = waited < patience
     victims: list[str] = []
     for name in sorted(snapshot.tiers, key=lambda name: _eviction_order(snapshot.tiers[name])):
         health = snapshot.tiers[name]
-        if health.state != "ready" or health.memory == 0 or policy.tiers[name].pinned or name == tier.id:
+        if health.state != "ready" or policy.tiers[name].pinned or name == tier.id:
+            continue
+        if not _holds(health, beyond(tier.room, free)):
             continue
         if among is not None and name not in among:
             continue
@@ -195,9 +208,9 @@ def _make_room(
         if (patient and (busy or now - health.last_used < grace)) or (busy and now - health.changed_at < patience):
             continue
         victims.append(name)
-        free += health.memory
-        if tier.memory <= free:
-            return Load(tier.id, _needed(snapshot, victims, free - tier.memory))
+        free = added([free, health.room])
+        if fits(tier.room, free):
+            return Load(tier.id, _needed(snapshot, victims, tier.room, free))
     if victims and not patient and among is None:
         # the rest will have had its turn soon; to wait for all at once could be to wait for ever
         return Load(tier.id, tuple(victims))
@@ -208,13 +221,20 @@ def _eviction_order(health: TierHealth) -> tuple[bool, float]:
     return (health.in_flight > 0 or health.queued > 0, health.last_used)
 
 
-def _needed(snapshot: Snapshot, victims: Sequence[str], spare: int) -> tuple[str, ...]:
-    """The victims without those whose memory is not needed after all, sparing the most recently used first."""
+def _holds(health: TierHealth, pools: Sequence[int]) -> bool:
+    """Whether a tier holds bytes of one of the pools."""
+    room = health.room
+    return any(pool < len(room) and room[pool] > 0 for pool in pools)
+
+
+def _needed(snapshot: Snapshot, victims: Sequence[str], wanted: Room, free: Room) -> tuple[str, ...]:
+    """The victims without those whose memory is not needed after all, sparing the most recently used first; ``free``
+    counts theirs."""
     kept = []
     for name in reversed(victims):
-        memory = snapshot.tiers[name].memory
-        if memory <= spare:
-            spare -= memory
+        without = taken(free, snapshot.tiers[name].room)
+        if fits(wanted, without):
+            free = without
         else:
             kept.append(name)
     return tuple(reversed(kept))
@@ -244,17 +264,18 @@ def maintain(policy: Policy, snapshot: Snapshot) -> tuple[Action, ...]:
 
 def _over_budget(policy: Policy, snapshot: Snapshot) -> list[Action]:
     """Unload the least recently used idle tiers while engines hold more than they were planned to."""
-    excess = snapshot.memory - policy.memory_budget
-    excess -= sum(health.memory for health in snapshot.tiers.values() if health.state == "draining")
+    going = added([health.room for health in snapshot.tiers.values() if health.state == "draining"])
+    excess = taken(taken(snapshot.held, policy.room), going)
     actions: list[Action] = []
     for name in sorted(snapshot.tiers, key=lambda name: snapshot.tiers[name].last_used):
         health = snapshot.tiers[name]
         idle = health.state == "ready" and health.in_flight == 0 and health.queued == 0
-        if excess <= 0:
+        over = [pool for pool, size in enumerate(excess) if size > 0]
+        if not over:
             break
-        if idle and health.memory and not policy.tiers[name].pinned:
+        if idle and _holds(health, over) and not policy.tiers[name].pinned:
             actions.append(Unload(name, "engines hold more memory than planned"))
-            excess -= health.memory
+            excess = taken(excess, health.room)
     return actions
 
 
