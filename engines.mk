@@ -5,7 +5,7 @@ ENVIRONMENT  := $(BIN)/python tests/engines/environments.py
 ENGINE_MODEL ?= demo
 BENCH        ?=
 
-.PHONY: docs pictures test-ray test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-memory bench-gateway bench-gguf bench-tune test-llamacpp test-backup test-alerts test-deploy test-bitsandbytes test-hqq bench-accuracy
+.PHONY: docs test-docs pictures test-ray test-engines test-vllm test-gptqmodel test-transformers bench-quantize bench-memory bench-gateway bench-gguf bench-tune test-llamacpp test-backup test-alerts test-deploy test-bitsandbytes test-hqq bench-accuracy
 
 test-engines: test-transformers test-gptqmodel test-bitsandbytes test-hqq test-vllm  ## Every checkpoint format in every engine
 
@@ -56,6 +56,9 @@ docs: $(VENV)/.installed-dev  ## Build the documentation site into build/site
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --quiet
 
+test-docs: $(VENV)/.installed-dev  ## Run every command of the documentation (ports 8000 and 9000): PAGES='gguf fit' for some
+	$(BIN)/python tests/docs/run_commands.py $(PAGES)
+
 pictures: $(VENV)/.installed-dev  ## Draw the theory pages' pictures again, from the embedded model
 	$(BIN)/python docs/theory/pictures.py
 
@@ -85,5 +88,5 @@ test-clients: $(VENV)/.installed-dev  ## LangChain, schemathesis and lm-eval aga
 	LOWBIT_PYTHON=$(abspath $(BIN))/python .venvs/clients/bin/python -m pytest -q -c /dev/null --rootdir tests/clients \
 		--confcutdir tests/clients --import-mode=importlib -o python_files='*_check.py' tests/clients
 
-soak: $(VENV)/.installed-dev  ## Minutes of load and faults on the gateway: SOAK='--minutes 5'
+soak: $(VENV)/.installed-dev  ## Minutes of load and faults on the gateway: SOAK='--minutes 5 --alerts'
 	$(BIN)/python tests/gateway/soak.py $(SOAK)

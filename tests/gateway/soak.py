@@ -4,7 +4,8 @@
 and faults all the time: engines killed, stopped, slow, answering garbage, errors or nothing; bursts that fill the
 queue; the gateway itself ended and killed in the first third. Then every request must be accounted for: complete to
 the last token, refused or broken off with a proper error, and in the gateway's log exactly once. Memory, open files and
-processes of the gateway that ran last must be flat.
+processes of the gateway that ran last must be flat. With ``--alerts`` a Prometheus watches it, a minute for an hour:
+the alerts that the faults call for must fire, no others, and all must resolve when the trouble ends.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import json
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -31,6 +33,7 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from soak_alerts import Alarms, alarms_for
 from soak_calls import CALLS, Outcome, WrongError, ask
 
 FAKE = Path(__file__).with_name("fake_engine.py")
@@ -63,6 +66,7 @@ class Soak:
     folder: Path
     seconds: float
     seed: int
+    alarms: Alarms | None = None
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
     gateways: int = 0
@@ -221,6 +225,9 @@ class Soak:
         connector = TCPConnector(limit=0, force_close=True)
         async with ClientSession(connector=connector, timeout=ClientTimeout(total=None)) as http:
             await self.start(http)
+            if self.alarms is not None:
+                self.alarms.start(self.port)
+                listening = asyncio.create_task(self.alarms.watch(http))
             until = time.monotonic() + self.seconds
             watching = asyncio.create_task(self.watch())
             loads = [self.load(http, until, random.Random(self.seed + number)) for number in range(24)]
@@ -230,6 +237,9 @@ class Soak:
             self.settled.set()
             await watching
             self.samples.append(self.sample())
+            if self.alarms is not None:
+                listening.cancel()
+                await self.alarms.resolve(http, 5 * QUIET)
             await self.end(signal.SIGTERM)
 
     async def recover(self, http: ClientSession) -> None:
@@ -286,6 +296,7 @@ class Soak:
         if len(lost) > 60 * self.faults["gateway SIGKILL"]:
             found.append(f"{len(lost)} answers are in no log: {lost[:5]}")
         found += [f"left behind: process {each.pid}" for each in self.seen.values() if lives(each)]
+        found += self.alarms.account() if self.alarms is not None else []
         return found + self.growth()
 
     def growth(self) -> list[str]:
@@ -320,6 +331,8 @@ class Soak:
             early, late = statistics.median(values[:quarter]), statistics.median(values[-quarter:])
             title = "rss, MiB" if name == "rss" else name
             print(f"{title:14}{early:>10.1f}{late:>10.1f}{values[-1]:>10.1f}{max(values):>10.1f}")
+        if self.alarms is not None:
+            print("\nalerts, a minute for an hour:", *self.alarms.history, sep="\n")
 
 
 def main() -> int:
@@ -327,16 +340,22 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder for logs (default: a temporary one)")
+    parser.add_argument("--alerts", action="store_true", help="watch it with a Prometheus (Debian: prometheus)")
     arguments = parser.parse_args()
+    if arguments.alerts and shutil.which("prometheus") is None:
+        parser.error("--alerts wants Debian's package prometheus, which is not installed")
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        soak = Soak(folder, 60 * arguments.minutes, arguments.seed)
+        alarms = alarms_for(folder / "prometheus") if arguments.alerts else None
+        soak = Soak(folder, 60 * arguments.minutes, arguments.seed, alarms)
         try:
             asyncio.run(soak.run())
         finally:
             if soak.process is not None and soak.process.poll() is None:
                 soak.process.kill()
+            if alarms is not None:
+                alarms.end()
         soak.show()
         wrong = soak.account()
     for line in wrong[:40]:
