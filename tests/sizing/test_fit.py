@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.cli.main import main
 from lowbit.codecs import module_plan, open_model
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.pipeline.fit import Fit, Measurement, choose, measure
+from lowbit.pipeline.fit_candidates import split_choice
 from lowbit.sizing.fit import curve, fit
 
 CANDIDATES = ("int3-g64-sym", "int4-g64-sym", "int6-g64-sym", "int8-g64-sym")
@@ -69,14 +71,37 @@ def test_writes_what_was_chosen(tiny_llama: Path, calibration_file: Path, tmp_pa
     found = fit(tiny_llama, tmp_path / "out", bits_per_weight=4.5, report=tmp_path / "report", **settings)
     with open_checkpoint(tmp_path / "out") as checkpoint:
         stored = {module: str(entry.spec) for module, entry in module_plan(checkpoint).items()}
-    assert stored == {module: choice for module, choice in found.fit.choices.items() if choice != "dense"}
+    chosen = {module: split_choice(choice)[0] for module, choice in found.fit.choices.items() if choice != "dense"}
+    assert stored == chosen
     assert found.result.linear_bits_per_weight == pytest.approx(found.fit.bits_per_weight, abs=0.02)
     assert [path.name for path in found.plots] == ["fit-pareto.png", "fit-bits.png"]
     # A size on disk, from the same measurement.
     again = fit(tiny_llama, tmp_path / "sized", size=found.fit.bytes, **settings)
     assert again.result.size_bytes <= found.fit.bytes
+    # Fewer candidates of it, but none that it lacks, and no other methods.
+    few = fit(tiny_llama, tmp_path / "few", bits_per_weight=5, **settings | {"candidates": CANDIDATES[1:3]})
+    assert {split_choice(choice)[0] for choice in few.fit.choices.values()} <= {*CANDIDATES[1:3], "dense"}
+    with pytest.raises(UsageError, match="int5-g64-sym is not among those measured"):
+        fit(tiny_llama, tmp_path / "no", bits_per_weight=5, **settings | {"candidates": ["int5-g64-sym"]})
+    with pytest.raises(UsageError, match=r"measured for compressed-tensors by gptq, awq\+gptq: name another file"):
+        fit(tiny_llama, tmp_path / "no", bits_per_weight=5, methods=["rtn"], **settings)
     with pytest.raises(UsageError, match="whose weights are not"):
         fit("demo", tmp_path / "other", bits_per_weight=4.5, measurements=tmp_path / "m.json")
+
+
+def test_methods_are_chosen_module_by_module(tiny_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
+    """What the recipe says of methods is what the manifest records, and both of a forced mixture of them."""
+    data: dict[str, Any] = {"calibration": calibration_file, "samples": 8, "seq_len": 32}
+    found = measure(tiny_llama, candidates=["int4-g64-sym", "int8-g64-sym"], methods=["awq+gptq", "rtn"], **data)
+    # From 8 bits on one method stands for all.
+    assert found.candidates == ("int4-g64-sym by awq+gptq", "int4-g64-sym by rtn", "int8-g64-sym by awq+gptq", "dense")
+    names = [*found.candidates]
+    choices = {m: names[i % 4] for i, group in enumerate(found.groups) for m in group.modules}
+    recipe = Fit(choices, 0, 0.0, 4.5).recipe(found)
+    result = lowbit.quantize(tiny_llama, tmp_path / "out", recipe=recipe, **data)
+    # Scaling goes into a norm, or into the rows of another linear that is no wider.
+    made = {m.name: f"{m.spec} by {'awq+' if m.scaled else ''}{m.method}" for m in result.modules}
+    assert made == {module: choice for module, choice in choices.items() if choice != "dense"}
 
 
 def test_memory_decides_bits_and_cache_and_is_measured_once(tmp_path: Path) -> None:
@@ -119,7 +144,13 @@ def test_everything_dense_is_refused(measurement: Measurement) -> None:
         (["--bits-per-weight", "nan"], "--bits-per-weight nan"),
         (["--bits-per-weight", "4.5", "--candidates", ","], "--candidates: names no number format"),
         (["--bits-per-weight", "4.5", "--format", "gguuf"], "did you mean|use one of"),
-        (["--bits-per-weight", "4.5", "--method", "awq"], "cannot measure method 'awq'"),
+        (["--bits-per-weight", "4.5", "--method", "gptw"], "cannot measure method 'gptw': did you mean"),
+        (["--bits-per-weight", "4.5", "--methods", "gptq,gptaq"], "gptaq mends what other modules lose.*alone"),
+        (["--bits-per-weight", "4.5", "--methods", ","], "--methods: names no method"),
+        (
+            ["--bits-per-weight", "4.5", "--methods", "hqq"],
+            "int4-g128-sym: hqq: it solves for zero points",
+        ),
         (["--bits-per-weight", "4.5", "--candidates", "int4-x"], "unknown number format"),
     ],
 )
@@ -137,13 +168,18 @@ def test_wrong_input_is_one_line(
 
 
 def test_gguf_file_of_a_given_size(tmp_path: Path) -> None:
+    """Every tensor has the type that was chosen, embedding and head among them."""
     settings: dict[str, Any] = {"samples": 4, "seq_len": 64, "certify_tokens": 0}
     candidates = ("Q2_K", "Q4_K", "Q6_K")
     found = fit("demo", tmp_path / "out.gguf", bits_per_weight=4.2, candidates=candidates, **settings)
     with open_model(tmp_path / "out.gguf") as checkpoint:
         stored = {module: str(entry.spec) for module, entry in module_plan(checkpoint).items()}
-    assert {module: stored[module] for module in found.fit.choices} == dict(found.fit.choices)
-    assert len(set(found.fit.choices.values())) > 1
+    assert stored == dict(found.fit.choices)
+    assert "model.embed_tokens" in stored
+    assert len(set(stored.values())) > 1
+    assert found.result.linear_bits_per_weight == pytest.approx(found.fit.bits_per_weight)
     assert found.result.size_bytes <= found.fit.bytes < 1.01 * found.result.size_bytes
     with pytest.raises(UsageError, match="unknown GGUF type 'Q9_K'"):
         fit("demo", tmp_path / "no.gguf", bits_per_weight=4.2, candidates=("Q9_K",), **settings)
+    with pytest.raises(UsageError, match="--methods has no meaning for a GGUF file"):
+        fit("demo", tmp_path / "no.gguf", bits_per_weight=4.2, methods=["rtn"], **settings)

@@ -10,8 +10,8 @@ import pytest
 
 from lowbit import estimate
 from lowbit.errors import ResourceError, UsageError
+from lowbit.pipeline.choices import GroupSensitivity, Measured
 from lowbit.pipeline.fit import Measurement
-from lowbit.pipeline.sensitivity import GroupSensitivity, Measured
 from lowbit.planning import Hardware
 from lowbit.planning.kv_dtypes import KV_DTYPES
 from lowbit.planning.serving import MEMORY
@@ -28,7 +28,7 @@ GROUPS = tuple(
     )
     for number in range(4)
 )
-MEASUREMENT = Measurement("demo", {}, "gguf", "rtn", {}, 500_000, GROUPS, CACHES)
+MEASUREMENT = Measurement("demo", {}, "gguf", (), {}, 500_000, GROUPS, CACHES)
 
 
 def asked(memory: int, **changes: Any) -> Asked:
@@ -108,3 +108,61 @@ def test_what_cannot_be_asked() -> None:
         asked(GIB, kv_dtype="fp8")
     with pytest.raises(UsageError, match="--gpus -1"):
         asked(GIB, gpus=-1)
+
+
+@pytest.mark.parametrize("memory", [55, 60, 64, 75, 90])
+@pytest.mark.parametrize("max_kl", [0.005, 0.02, 0.3])
+def test_the_longest_context_within_the_price(memory: int, max_kl: float) -> None:
+    """Against asking for every length by itself."""
+    question = asked(memory * MIB, context="128..1000", max_kl=max_kl)
+    fit, serving = choose_together(question, MEASUREMENT, CACHES)
+
+    def lost(context: int) -> float:
+        try:
+            one, how = choose_together(asked(memory * MIB, context=context), MEASUREMENT, CACHES)
+        except ResourceError:
+            return float("inf")
+        return one.divergence + CACHES.get(how.kv_dtype, 0.0)
+
+    losses = {context: lost(context) for context in (128, 256, 512, 768, 1000)}
+    price = max(max_kl, 1.05 * losses[128])
+    assert serving.context == max(context for context, loss in losses.items() if loss <= price)
+    assert fit.divergence + CACHES.get(serving.kv_dtype, 0.0) == losses[serving.context]
+    assert serving.total <= serving.budget
+    told = "the longest there is" if serving.context == 1000 else "the longest of 128..1,000 that loses at most"
+    assert serving.context_reason.startswith(told)
+
+
+def test_what_is_said_of_the_context() -> None:
+    question = asked(62 * MIB, context="auto")
+    assert (question.contexts.least, question.contexts.most) == (256, 1024)
+    assert choose_together(asked(90 * MIB), MEASUREMENT, CACHES)[1].context_reason == "asked for"
+    usual = choose_together(asked(90 * MIB, context=None), MEASUREMENT, CACHES)[1]
+    assert (usual.context, usual.context_reason[:16]) == (1024, "the usual length")
+    for context, message in [
+        ("4096..32768", "beyond the model's maximum of 1024: use at most 1024"),
+        ("512..256", "the smaller number first"),
+        ("0..256", "write e.g. 4096..32768"),
+        ("many", "give a number of tokens such as 8192, a range"),
+        ("0", "give a number of tokens"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            asked(GIB, context=context)
+    with pytest.raises(UsageError, match="--max-kl is for a context that is to be chosen"):
+        asked(GIB, context=512, max_kl=0.1)
+    with pytest.raises(UsageError, match="--max-kl nan: give a number"):
+        asked(GIB, context="auto", max_kl=float("nan"))
+
+
+def test_a_token_table_that_stays_with_the_host_is_not_counted_on_the_gpu() -> None:
+    """llama.cpp keeps an untied one in host memory, so what it is given costs the device nothing."""
+    table = GroupSensitivity(("embed",), 400_000, {"2": Measured(100_000, 0.1), "8": Measured(400_000, 0.001)})
+    measurement = replace(MEASUREMENT, groups=(*GROUPS, table), embedding="embed")
+    question = asked(750 * MIB, gpus=1)
+    shape = replace(question.served.shape, tied=False)
+    question = replace(question, served=replace(question.served, shape=shape))
+    fit, serving = choose_together(question, measurement, {})
+    kept = table.candidates[fit.choices["embed"]].bytes
+    load = replace(question.load, kv=KV_DTYPES["float16"])
+    served = replace(question.with_weights(fit.bytes), embedding=kept)
+    assert serving.total == MEMORY["llama.cpp"](served, load).total

@@ -27,14 +27,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="directory, or file that ends in .gguf; it appears when complete")
     budget = parser.add_argument_group("budget (one of them)")
     budget.add_argument("--size", type=size_of("--size"), metavar="SIZE", help="of the weight files, e.g. 3.9GiB")
-    budget.add_argument("--bits-per-weight", type=float, metavar="N", help="in the linears, fractions allowed: 4.25")
+    budget.add_argument(
+        "--bits-per-weight",
+        type=float,
+        metavar="N",
+        help="in the linears (of a GGUF file in all matrices), fractions allowed: 4.25",
+    )
     budget.add_argument(
         "--memory",
         type=size_of("--memory"),
         metavar="SIZE",
         help="of the device that serves it, all included",
     )
-    budget.add_argument("--context", type=positive, metavar="N", help="tokens of each request, with --memory")
+    budget.add_argument(
+        "--context",
+        metavar="N",
+        help="tokens of each request, with --memory: 8192; the longest that costs little of 4096..32768; auto: of all",
+    )
+    budget.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="what all may lose where --context leaves the length open (default: 0.01)",
+    )
     budget.add_argument("--concurrency", type=positive, default=1, metavar="N", help="requests at a time (default: 1)")
     budget.add_argument(
         "--kv-dtype",
@@ -50,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_argument_group("what to choose from")
     what.add_argument("--format", default="compressed-tensors", help="compressed-tensors (default), gptq, gguf …")
-    what.add_argument("--method", default="gptq", help="gptq (default) or rtn")
+    what.add_argument(
+        "--methods",
+        "--method",
+        metavar="LIST",
+        help="that solve them, chosen per module: gptq,awq+gptq (default), awq, rtn, hqq; gptaq or autoround alone",
+    )
     what.add_argument(
         "--candidates",
         metavar="LIST",
@@ -84,11 +104,12 @@ def run(arguments: argparse.Namespace) -> int:
             bits_per_weight=arguments.bits_per_weight,
             memory=arguments.memory,
             context=arguments.context,
+            max_kl=arguments.max_kl,
             concurrency=arguments.concurrency,
             kv_dtype=arguments.kv_dtype,
             gpus=arguments.gpus,
             format=arguments.format,
-            method=arguments.method,
+            methods=None if arguments.methods is None else arguments.methods.split(","),
             candidates=candidates,
             measurements=arguments.measurements,
             report=arguments.report,
@@ -129,6 +150,7 @@ def serving_lines(serving: Serving) -> dict[str, str]:
     costs = "" if serving.kv_divergence is None else f", which adds {serving.kv_divergence:.3g} nats"
     return {
         "kv cache": f"{serving.kv_dtype}{costs}: {serving.reason}",
+        "context": f"{serving.context:,} tokens: {serving.context_reason}",
         "memory": f"{human_bytes(serving.total)} of {human_bytes(serving.budget)} usable for {serving.concurrency} x "
         f"{serving.context:,} tokens; up to {serving.largest_concurrency:,} requests of that length, or "
         f"{serving.largest_context:,} tokens for as many",

@@ -44,6 +44,7 @@ class Rule:
     symmetric: bool | None = None
     method: str | None = None
     ordering: str | None = None
+    transform: str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -295,7 +296,7 @@ def _plan_module(recipe: Recipe, name: str) -> ModulePlan | None:
     rule = next((rule for rule in recipe.rules if rule.matches(name)), None)
     if rule is None and _DENSE.fullmatch(name):
         return None
-    scheme, method, ordering = recipe.quantization, recipe.method, recipe.ordering
+    scheme, method, ordering, transform = recipe.quantization, recipe.method, recipe.ordering, recipe.transform
     if rule is not None:
         if rule.skip:
             return None
@@ -305,7 +306,8 @@ def _plan_module(recipe: Recipe, name: str) -> ModulePlan | None:
         except UsageError as error:
             raise UsageError(f"rule {rule.pattern!r} for {name}: {error}") from error
         method, ordering = rule.method or method, rule.ordering or ordering
-    return ModulePlan(scheme.weights, method, ordering, scheme.inputs, recipe.transform, recipe.sparsity, recipe.pruner)
+        transform = rule.transform or transform
+    return ModulePlan(scheme.weights, method, ordering, scheme.inputs, transform, recipe.sparsity, recipe.pruner)
 
 
 def _override(scheme: Scheme, bits: int | None, group_size: int | None, symmetric: bool | None) -> Scheme:
@@ -381,6 +383,8 @@ def _rule(item: Any, where: str) -> Rule:
         raise UsageError(f"{where}: needs a pattern, a regular expression for full module names")
     pattern = _string(values["pattern"], f"{where}: pattern")
     overrides = _overrides(values, where)
+    if values.get("transform") is not None:
+        overrides["transform"] = _string(values["transform"], f"{where}: transform")
     skip = _boolean(values.get("skip", False), f"{where}: skip")
     if skip and overrides:
         raise UsageError(f"{where}: skip leaves the modules dense, so {next(iter(overrides))!r} has no meaning")
@@ -418,7 +422,8 @@ def _plain_overrides(values: Recipe | Rule) -> dict[str, Any]:
     )
     plain: dict[str, Any] = {name: value for name, value in named if value is not None}
     if isinstance(values, Rule):
-        plain |= {key: getattr(values, key) for key in ("scheme", "method") if getattr(values, key) is not None}
+        names = ("scheme", "method", "transform")
+        plain |= {key: getattr(values, key) for key in names if getattr(values, key) is not None}
     return plain
 
 

@@ -16,22 +16,33 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from lowbit.errors import NumericsError
-from lowbit.pipeline.architectures import fused_groups
+from lowbit.pipeline.choices import (
+    Candidate,
+    Grouping,
+    GroupSensitivity,
+    Measured,
+    OneInput,
+    Restorable,
+    Table,
+    shared_choices,
+)
+from lowbit.pipeline.folding import fold_target
 from lowbit.pipeline.progress import Progress, Silent
+from lowbit.pipeline.sensitivity_tables import measure_table
 from lowbit.pipeline.stages import Group, discover_stages
 from lowbit.pipeline.store import ActivationStore
 from lowbit.pipeline.streamed import StreamedModel
 from lowbit.quant import InputStatistics
+from lowbit.quant.error import output_energies
 
-__all__ = ["Candidate", "GroupSensitivity", "Grouping", "Measured", "measure_sensitivity", "shared_choices"]
+__all__ = ["measure_sensitivity"]
 
 TOKENS_PER_PASS = 2048
 """Tokens that go through a block, forward and back, at a time."""
@@ -41,61 +52,6 @@ Seen: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """A linear's input and its output, whose gradient is kept."""
 
 
-Grouping: TypeAlias = Callable[[Sequence[str]], Sequence[tuple[str, ...]]]
-
-
-class Restorable(Protocol):
-    """A quantized weight: what candidates produce."""
-
-    def dequantize(self) -> torch.Tensor:
-        """float32 ``[out, in]``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A way to store a linear.
-
-    ``solve``  ``(weight float32 [out, in], statistics, shared, module name) -> quantized weight``; ``shared`` is one
-               dictionary per input, for what weights on the same input have in common
-    ``size``   ``(out_features, in_features) -> bytes``, None where that shape does not fit
-    """
-
-    name: str
-    solve: Callable[[torch.Tensor, InputStatistics, dict[object, object], str], Restorable]
-    size: Callable[[int, int], int | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A candidate in one group: the ``bytes`` it takes, the KL ``divergence`` it causes in nats per token."""
-
-    bytes: int
-    divergence: float
-
-
-@dataclass(frozen=True, slots=True)
-class GroupSensitivity:
-    """Modules that must share one choice, and what each candidate does to them."""
-
-    modules: tuple[str, ...]
-    weights: int
-    candidates: Mapping[str, Measured]
-
-
-def shared_choices(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The modules (full names) cut into groups that engines want alike, in order.
-
-    Fused shards (query, key, value; gate, up) go together, and so do all experts of a block.
-    """
-    group_of: dict[str, tuple[str, ...]] = {name: group for group in fused_groups(list(names)) for name in group}
-    experts: dict[str, list[str]] = {}
-    for name in names:
-        if ".experts." in name:
-            experts.setdefault(name.partition(".experts.")[0], []).append(name)
-    group_of |= {name: tuple(together) for together in experts.values() for name in together}
-    return list(dict.fromkeys(group_of.get(name, (name,)) for name in names))
-
-
 def measure_sensitivity(
     model: StreamedModel,
     ids: torch.Tensor,
@@ -103,18 +59,19 @@ def measure_sensitivity(
     *,
     wanted: Callable[[str], bool] = lambda name: True,
     grouping: Grouping = shared_choices,
+    tables: Sequence[Table] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[GroupSensitivity]:
     """Measure every candidate in every linear (full checkpoint names) that is ``wanted``, on token ids ``[n, length]``.
 
-    ``grouping`` cuts the modules of a block into those that must share one choice. The cost is about five forwards of
-    the model, and two more for each candidate beside solving it. Raises :class:`NumericsError` where the model's own
-    outputs are not finite.
+    ``grouping`` cuts the modules of a block into those that must share one choice; each of ``tables`` is measured too,
+    as the last groups. The cost is about five forwards of the model, and two more for each candidate beside solving
+    it. Raises :class:`NumericsError` where the model's own outputs are not finite.
     """
     progress = progress or Silent()
     count = len(model.block_names)
-    progress.start("measuring sensitivity", 2 * count)
+    progress.start("measuring sensitivity", 2 * count + len(tables))
     with tempfile.TemporaryDirectory(prefix="lowbit-sensitivity-") as scratch:
         states = _forward(model, ids, Path(scratch), progress)
         batch = max(1, TOKENS_PER_PASS // ids.shape[1])
@@ -125,6 +82,9 @@ def measure_sensitivity(
             sweep = _BlockSweep(model, index, candidates, wanted, grouping)
             found[:0] = sweep.run(states[index], gradient)
             progress.advance(model.stored_name(model.block_names[index]))
+        for table in tables:
+            found.append(measure_table(model, table, ids, (states[0], states[-1], gradient.store), candidates))
+            progress.advance(table.name)
         for store in (*states, gradient.store):
             store.close()
     progress.close()
@@ -193,6 +153,7 @@ class _BlockSweep:
         grouping: Grouping,
     ) -> None:
         self.model, self.index, self.candidates = model, index, candidates
+        self.lossy = [candidate for candidate in candidates if not candidate.exact]
         self.block = model.load_block(index)
         prefix = model.block_names[index]
         self.full = {
@@ -203,6 +164,7 @@ class _BlockSweep:
         self.local = {full: name for name, full in self.full.items()}
         self.groups = grouping(list(self.full.values()))
         self.solved: dict[tuple[str, str], Restorable] = {}
+        self.energies: dict[tuple[str, str], tuple[float, float]] = {}
         self.sums: dict[tuple[int, str], list[float]] = {}
         self.samples_seen = 0
 
@@ -239,13 +201,17 @@ class _BlockSweep:
     @torch.no_grad()
     def _solve(self, statistics: dict[Group, InputStatistics]) -> None:
         for group, collected in statistics.items():
+            weights = {self.full[name]: self._weight(name).float() for name in group}
+            scalable = fold_target(self.block, self.model.family, group[0]) is not None
             shared: dict[object, object] = {}
-            for name in group:
-                weight = self._weight(name).float()
-                for candidate in self.candidates:
-                    if candidate.size(*self._shape(name)) is not None:
-                        solved = candidate.solve(weight, collected, shared, self.full[name])
-                        self.solved[name, candidate.name] = solved
+            for candidate in self.lossy:
+                fitting = {n: weight for n, weight in weights.items() if candidate.size(*weight.shape) is not None}
+                if not fitting:
+                    continue
+                for name, solved in candidate.solve(OneInput(fitting, collected, shared, scalable)).items():
+                    key = self.local[name], candidate.name
+                    self.solved[key] = solved
+                    self.energies[key] = output_energies(weights[name], solved.dequantize(), collected)
 
     def _backward(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient at the block's input, from that at its output; adds up the divergences on the way."""
@@ -264,7 +230,7 @@ class _BlockSweep:
             output = self.model.run_block(self.block, self.index, state)
         output.backward(gradient.to(output))  # type: ignore[no-untyped-call]
         for number, group in enumerate(self.groups):
-            for candidate in self.candidates:
+            for candidate in self.lossy:
                 self._add([self.local[full] for full in group], (number, candidate.name), seen)
         assert state.grad is not None
         return state.grad
@@ -299,16 +265,22 @@ class _BlockSweep:
 
     def _summary(self, number: int, group: tuple[str, ...], tokens: int) -> GroupSensitivity:
         shapes = [self._shape(self.local[full]) for full in group]
-        sums = {c.name: self.sums[number, c.name] for c in self.candidates}
+        sums = {c.name: self.sums[number, c.name] for c in self.lossy}
         ratios = [by_sequence / by_token for by_token, by_sequence, _ in sums.values() if by_token > 0]
         scale = sum(ratios) / len(ratios) if ratios else 1.0
         measured = {}
         for candidate in self.candidates:
-            sizes = [candidate.size(*shape) for shape in shapes]
-            if all(size is not None for size in sizes):
-                by_token, _, apart = sums[candidate.name]
-                total = sum(size for size in sizes if size is not None)
-                measured[candidate.name] = Measured(total, (scale * by_token + apart) / tokens)
+            sizes = [size for shape in shapes if (size := candidate.size(*shape)) is not None]
+            if len(sizes) < len(shapes):
+                continue
+            if candidate.exact:
+                measured[candidate.name] = Measured(sum(sizes), 0.0, 0.0)
+                continue
+            by_token, _, apart = sums[candidate.name]
+            energies = [self.energies[self.local[full], candidate.name] for full in group]
+            signal = sum(signal for _, signal in energies)
+            error = sum(error for error, _ in energies) / signal if signal > 0 else 0.0
+            measured[candidate.name] = Measured(sum(sizes), (scale * by_token + apart) / tokens, error)
         return GroupSensitivity(group, sum(a * b for a, b in shapes), measured)
 
 

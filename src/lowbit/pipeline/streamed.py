@@ -60,11 +60,16 @@ class _Embedding(nn.Module):
         self._original.padding_idx = None  # matters for gradients only, and would be checked against the rows read
         self._owner = [owner]
         self._name = name
+        self.instead: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Ascending ids and their rows, taken instead of the checkpoint's."""
 
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         owner = self._owner[0]
         rows, inverse = torch.unique(ids, return_inverse=True)
-        table = read_dense_rows(owner.checkpoint, owner.plan, self._name, rows.cpu())
+        if self.instead is None:
+            table = read_dense_rows(owner.checkpoint, owner.plan, self._name, rows.cpu())
+        else:
+            table = self.instead[1][torch.searchsorted(self.instead[0], rows.cpu())]
         self._original._parameters["weight"] = nn.Parameter(table.to(owner.device, owner.dtype), requires_grad=False)
         return self._original(inverse, *args, **kwargs)  # type: ignore[no-any-return]
 
@@ -78,6 +83,8 @@ class _Head(nn.Module):
         self._names = (weight, bias)
         self._weight: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
+        self.instead: torch.Tensor | None = None
+        """Weights ``[vocabulary, hidden]`` taken instead of the checkpoint's."""
 
     def _load(self) -> torch.Tensor:
         if self._weight is None:
@@ -91,6 +98,7 @@ class _Head(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         weight, dtype = self._load(), hidden.dtype
+        weight = weight if self.instead is None else self.instead
         rows = weight.shape[0]
         logits = torch.empty(*hidden.shape[:-1], rows, dtype=dtype, device=hidden.device)
         for first in range(0, rows, HEAD_ROWS):
@@ -232,6 +240,27 @@ class StreamedModel:
             yield self.model
         finally:
             self._install(self._taps)
+
+    @contextmanager
+    def with_head(self, weight: torch.Tensor) -> Iterator[None]:
+        """While it lasts, :meth:`logits` come from a head of these weights ``[vocabulary, hidden]``."""
+        assert self._head_name is not None  # a causal language model has one
+        head = self.model.get_submodule(self._head_name)
+        head.instead = weight.to(self.device)
+        try:
+            yield
+        finally:
+            head.instead = None
+
+    @contextmanager
+    def with_embedding(self, ids: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+        """While it lasts, :meth:`embed` takes tokens' ``rows`` ``[n, hidden]``, of ascending ``ids`` ``[n]``, only."""
+        embedding = self.model.get_submodule(self._embedding_name)
+        embedding.instead = (ids, rows)
+        try:
+            yield
+        finally:
+            embedding.instead = None
 
     def _has(self, weight: str) -> bool:
         """Whether the checkpoint holds the weight, dense or quantized."""

@@ -9,7 +9,7 @@ import torch
 from lowbit.quant.factor import quadratic_form
 from lowbit.quant.statistics import InputStatistics
 
-__all__ = ["WeightError", "output_error", "spaced_rows", "weight_error"]
+__all__ = ["WeightError", "output_energies", "output_error", "spaced_rows", "weight_error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,21 @@ def output_error(
     ``rows`` bounds the number of output features that are measured, evenly spaced (None: all). Zero when the original
     output is zero and the same, infinite when it is zero and the quantized one is not.
     """
-    picked = spaced_rows(weight.shape[0], rows)
-    original = weight[picked].float()
-    error = float(quadratic_form(original - quantized[picked].float(), statistics.upper_gram).sum())
-    signal = float(quadratic_form(original, statistics.upper_gram).sum())
+    error, signal = output_energies(weight, quantized, statistics, rows)
     if signal <= 0.0:
         return 0.0 if error <= 0.0 else float("inf")
     return max(error, 0.0) / signal
+
+
+@torch.no_grad()
+def output_energies(
+    weight: torch.Tensor, quantized: torch.Tensor, statistics: InputStatistics, rows: int | None = 512
+) -> tuple[float, float]:
+    """``|X (W - Q)ᵀ|²`` and ``|X Wᵀ|²`` on the rows that :func:`output_error` measures."""
+    picked = spaced_rows(weight.shape[0], rows)
+    original = weight[picked].float()
+    error = float(quadratic_form(original - quantized[picked].float(), statistics.upper_gram).sum())
+    return error, float(quadratic_form(original, statistics.upper_gram).sum())
 
 
 def spaced_rows(count: int, limit: int | None) -> slice:

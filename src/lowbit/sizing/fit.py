@@ -11,9 +11,6 @@ from lowbit.checkpoint import check_output
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.evaluation.certify import CERTIFY_TOKENS, quantize
 from lowbit.pipeline.fit import (
-    GGUF,
-    GGUF_BASE,
-    UNTOUCHED,
     Fit,
     Measurement,
     check_bits,
@@ -23,6 +20,7 @@ from lowbit.pipeline.fit import (
     measure,
     measure_caches,
 )
+from lowbit.pipeline.fit_candidates import DEFAULT_METHODS, GGUF, GGUF_BASE, UNTOUCHED, check_methods
 from lowbit.pipeline.gguf_output import check_name, is_gguf_name
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.quantize import QuantizeResult
@@ -58,12 +56,13 @@ def fit(
     size: int | None = None,
     bits_per_weight: float | None = None,
     memory: int | None = None,
-    context: int | None = None,
+    context: int | str | None = None,
+    max_kl: float | None = None,
     concurrency: int = 1,
     kv_dtype: str = "auto",
     gpus: int | None = None,
     format: str = "compressed-tensors",
-    method: str = "gptq",
+    methods: Sequence[str] | None = None,
     candidates: Sequence[str] | None = None,
     measurements: str | Path | None = None,
     report: str | Path | None = None,
@@ -83,10 +82,14 @@ def fit(
     The budget is ``size`` bytes on disk, ``bits_per_weight`` of the linears, or ``memory``: bytes of each of ``gpus``
     devices (0: of the host) that must hold the weights, the cache of ``concurrency`` requests of ``context`` tokens,
     and the engine (vLLM, or llama.cpp for a GGUF file), as :func:`lowbit.estimate` counts them. With a ``kv_dtype`` of
-    "auto" the cache's format is chosen together with the bits, by what the engine's formats were measured to cost. An
-    ``out`` that ends in ``.gguf`` becomes a GGUF file.
+    "auto" the cache's format is chosen together with the bits, by what the engine's formats were measured to cost. A
+    ``context`` of ``"4096..32768"`` or ``"auto"`` is chosen, too: the longest with which weights and cache lose no more
+    than ``max_kl`` nats (default 0.01), or 5 % more than with the shortest. An ``out`` that ends in ``.gguf`` becomes a
+    GGUF file.
 
-    ``measurements`` is a file: read if it is there, written if not, so that the next budget takes seconds.
+    ``methods`` (default: :data:`lowbit.pipeline.fit_candidates.DEFAULT_METHODS`) solve the number formats
+    ``candidates``; both are chosen together, module by module. ``measurements`` is a file: read if it is there, written
+    if not, so that the next budget takes seconds.
     ``report`` is a directory for the pictures. Raises :class:`ResourceError` for a budget that is too small, by how
     much; everything :func:`lowbit.quantize` raises besides.
     """
@@ -100,17 +103,18 @@ def fit(
     asked = None
     if memory is not None:
         asked = open_asked(
-            source, memory, context=context, concurrency=concurrency, kv_dtype=kv_dtype, format=format, gpus=gpus
-        )
+            source, memory, context=context, max_kl=max_kl, concurrency=concurrency, kv_dtype=kv_dtype, format=format,
+            gpus=gpus,
+        )  # fmt: skip
         check_room(asked, offered_caches(asked, kv_dtype))
-    elif (context, kv_dtype, gpus) != (None, "auto", None):
-        raise UsageError("--context, --kv-dtype and --gpus belong to --memory: give that as the budget")
+    elif (context, max_kl, kv_dtype, gpus) != (None, None, "auto", None):
+        raise UsageError("--context, --max-kl, --kv-dtype and --gpus belong to --memory: give that as the budget")
     _check_out(Path(out), format, overwrite=overwrite)
     data: dict[str, Any] = {
         "calibration": calibration, "seed": seed, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     measurement = _measurement(
-        source, measurements, progress, format=format, method=method, candidates=candidates, **data
+        source, measurements, progress, format=format, methods=methods, candidates=candidates, **data
     )
     serving = None
     if asked is None:
@@ -150,7 +154,10 @@ def _how(source: str | Path, measurement: Measurement, chosen: Fit, format: str)
 
 def _told(chosen: Fit, serving: Serving | None) -> str:
     told = f"chose {chosen.bits_per_weight:.3f} bits per weight: predicted KL divergence {chosen.divergence:.4g} nats"
-    return told if serving is None else f"{told}; {serving.kv_dtype} cache ({serving.reason})"
+    if serving is None:
+        return told
+    cache = f"{serving.kv_dtype} cache ({serving.reason})"
+    return f"{told}; {cache}; {serving.context:,} tokens ({serving.context_reason})"
 
 
 def _with_caches(
@@ -183,15 +190,30 @@ def curve(measurement: Measurement, most: int = 0) -> list[Fit]:
     return [choose(measurement, total_bytes=measurement.other_bytes + budget) for budget in budgets]
 
 
-def _measurement(source: str | Path, file: str | Path | None, progress: Progress, **settings: Any) -> Measurement:
+def _measurement(
+    source: str | Path,
+    file: str | Path | None,
+    progress: Progress,
+    *,
+    format: str,
+    methods: Sequence[str] | None,
+    candidates: Sequence[str] | None,
+    **data: Any,
+) -> Measurement:
+    """The measurement in ``file`` if there is one and it answers the question, else a new one."""
+    if format == GGUF and methods is not None:
+        raise UsageError("--methods has no meaning for a GGUF file: each type has its own search")
     path = None if file is None else Path(file)
     if path is not None and path.exists():
         found = Measurement.load(path)
-        if (found.format, found.method) != (settings["format"], settings["method"]):
-            raise UsageError(f"{path}: measured for {found.format} by {found.method}: name another file")
+        if found.format != format or (methods is not None and found.methods != check_methods(methods)):
+            by = f" by {', '.join(found.methods)}" if found.methods else ""
+            raise UsageError(f"{path}: measured for {found.format}{by}: name another file")
         check_measurement(found, source)
-        return found
-    found = measure(source, progress=progress, **settings)
+        return found if candidates is None else found.only(candidates)
+    found = measure(
+        source, progress=progress, format=format, methods=methods or DEFAULT_METHODS, candidates=candidates, **data
+    )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         found.save(path)

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from lowbit.evaluation.plots import LIGHT
 from lowbit.formats.ggml import GGML_TYPES
-from lowbit.pipeline.fit import UNTOUCHED, Fit, Measurement
+from lowbit.pipeline.fit import Fit, Measurement
+from lowbit.pipeline.fit_candidates import UNTOUCHED
 
 _BLOCK = re.compile(r"^(.*?\.)?(\d+)\.(.*)$")
 _NAME_WIDTH = 0.6
@@ -43,7 +44,7 @@ def _pareto(measurement: Measurement, chosen: Fit, curve: Sequence[Fit], quality
         [one.bits_per_weight for one in shown], [one.divergence for one in shown],
         color=LIGHT.palette[0], label="best choice per module (predicted)",
     )  # fmt: skip
-    uniform = sorted(_uniform(measurement), key=lambda entry: entry[1])
+    uniform = _uniform(measurement)
     for index, (name, bits, divergence) in enumerate(uniform):
         label = "the same for all modules (predicted)" if index == 0 else None
         axes.plot(bits, divergence, "s", color=LIGHT.baseline, label=label)
@@ -57,7 +58,7 @@ def _pareto(measurement: Measurement, chosen: Fit, curve: Sequence[Fit], quality
             chosen.bits_per_weight, quality["kl_divergence"], "x", ms=9, mew=2, color=LIGHT.palette[2], label="measured"
         )
     axes.set_yscale("log")
-    axes.set_xlabel("bits per weight in the linears")
+    axes.set_xlabel("bits per weight of what is chosen")
     axes.set_ylabel("KL divergence from the original (nats)")
     axes.set_title(f"{measurement.source}: what each size costs", loc="left")
     axes.grid(True, color=LIGHT.grid)
@@ -67,7 +68,7 @@ def _pareto(measurement: Measurement, chosen: Fit, curve: Sequence[Fit], quality
 
 
 def _uniform(measurement: Measurement) -> list[tuple[str, float, float]]:
-    """Name, bits per weight and predicted divergence of giving every module the same."""
+    """Name, bits per weight and predicted divergence of giving every module the same, by rising size."""
     found = []
     names = {name for group in measurement.groups for name in group.candidates if name not in UNTOUCHED}
     for name in sorted(names):
@@ -75,7 +76,11 @@ def _uniform(measurement: Measurement) -> list[tuple[str, float, float]]:
             picked = [group.candidates[name] for group in measurement.groups]
             bits = 8 * sum(one.bytes for one in picked) / measurement.weights
             found.append((name, bits, sum(one.divergence for one in picked)))
-    return found
+    # Of methods that make the same size, the one that loses least.
+    return [
+        min((one for one in found if one[1] == bits), key=lambda one: one[2])
+        for bits in sorted({bits for _, bits, _ in found})
+    ]
 
 
 def _bits(chosen: Fit) -> Figure:
@@ -87,7 +92,7 @@ def _bits(chosen: Fit) -> Figure:
             rows.setdefault(kind, {})[int(match[2])] = choice
     names = sorted(set(chosen.choices.values()), key=_order)
     blocks = 1 + max((block for row in rows.values() for block in row), default=0)
-    figure = Figure(figsize=(min(14.0, 3.4 + 0.34 * blocks), 1.6 + 0.34 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(min(14.0, 3.4 + 0.34 * blocks), 2.1 + 0.34 * len(rows)), layout="constrained")
     axes = figure.subplots()
     shades = ["#dbe7ff", "#a9c6ff", "#6ba1ff", "#2563eb", "#173e9a", "#0b1f52"]
     colors = [shades[round(i * (len(shades) - 1) / max(1, len(names) - 1))] for i in range(len(names))]
@@ -96,7 +101,9 @@ def _bits(chosen: Fit) -> Figure:
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.set_xticks(range(0, blocks, max(1, blocks // 16)))
     axes.set_xlabel("block")
-    axes.set_title(f"number format per module: {chosen.bits_per_weight:.3f} bits per weight", loc="left", fontsize=10)
+    outside = [f"{module} {choice}" for module, choice in chosen.choices.items() if not _BLOCK.match(module)]
+    title = [f"what each module got: {chosen.bits_per_weight:.3f} bits per weight", *outside]
+    axes.set_title("\n".join(title), loc="left", fontsize=10)
     axes.spines[:].set_visible(False)
     handles = [
         axes.plot([], [], "s", ms=9, color=color, label=name)[0] for name, color in zip(names, colors, strict=True)
@@ -105,9 +112,9 @@ def _bits(chosen: Fit) -> Figure:
     return figure
 
 
-def _order(name: str) -> tuple[float, int]:
-    """Fewer bits first, coarser groups first; dense last."""
+def _order(name: str) -> tuple[float, int, str]:
+    """Fewer bits first, coarser groups first, then by method; dense last."""
     if name in GGML_TYPES:
-        return GGML_TYPES[name].bits, 0
+        return GGML_TYPES[name].bits, 0, name
     match = re.match(r"int(\d+)(?:-g(\d+))?", name)
-    return (99.0, 0) if match is None else (float(match[1]), -int(match[2] or 1 << 20))
+    return (99.0, 0, name) if match is None else (float(match[1]), -int(match[2] or 1 << 20), name)
