@@ -111,7 +111,7 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
             raise UsageError(f"--methods: fit cannot measure method {method!r}{suggestion(solver, METHODS)}")
         if transform is not None and transform not in TRANSFORMS:
             raise UsageError(f"--methods: {method}: unknown transform {transform!r}{suggestion(transform, TRANSFORMS)}")
-        if len(unique) > 1 and METHODS[solver].needs_reference:
+        if len(unique) > 1 and (METHODS[solver].needs_reference or METHODS[solver].scope != "linear"):
             raise UsageError(
                 f"--methods: {method} mends what other modules lose, which shows in no module alone: name it alone"
             )

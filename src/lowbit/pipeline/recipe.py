@@ -365,7 +365,7 @@ class _StrictLoader(yaml.SafeLoader):
 _OVERRIDE_KEYS = ("scheme", "bits", "group_size", "sym", "symmetric", "method", "ordering", "desc_act")
 _NAMED = ("format", "transform", "rotate", "sparsity", "pruner", "kv_cache")
 _RECIPE_KEYS = (*_OVERRIDE_KEYS, *_NAMED, "all_experts", "options", "skip", "rules", "dynamic")
-_RULE_KEYS = (*_OVERRIDE_KEYS, "pattern", "skip")
+_RULE_KEYS = (*_OVERRIDE_KEYS, "transform", "pattern", "skip")
 
 
 def _table(value: Any, keys: Collection[str], where: str) -> Mapping[str, Any]:
