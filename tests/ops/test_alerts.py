@@ -32,7 +32,8 @@ class OneTier:
     """A pool with one of everything, so that every series appears."""
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(0.0, {"chat@int4": TierHealth("ready")}, {}, 100)
+        health = TierHealth("ready", gpu_memory=(50,))
+        return Snapshot(0.0, {"chat@int4": health}, {}, 100, gpu_budgets=(80,))
 
     def models(self) -> Sequence[ModelInfo]:
         return (ModelInfo("chat", (TierInfo("chat@int4", "int4", "llama.cpp", 4, 10, 0.02, 512, 0.1),)),)

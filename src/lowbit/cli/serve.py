@@ -68,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--threads", type=positive, metavar="N", help="of each engine (default: cores, divided)")
     machine.add_argument("--memory", metavar="SIZE", type=parse_bytes, help="of all engines (default: 90 %% of free)")
+    machine.add_argument(
+        "--gpu-memory", metavar="SIZE", type=parse_bytes, help="of all engines on each GPU (default: 90 %% of free)"
+    )
     machine.add_argument("--logs", metavar="DIR", help="where each engine's output goes (default: the cache directory)")
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument(
@@ -105,7 +108,7 @@ def build_config(arguments: argparse.Namespace) -> ServeConfig:
     from lowbit.gateway.config import config_for_model, load_config, parse_config
 
     serve: dict[str, Any] = {}
-    for name in ("host", "port", "memory", "threads", "logs"):
+    for name in ("host", "port", "memory", "gpu_memory", "threads", "logs"):
         if getattr(arguments, name) is not None:
             serve[name] = getattr(arguments, name)
     if arguments.api_key:
@@ -144,7 +147,8 @@ def hashed(key: str) -> str:
 
 async def _serve_on_ray(config: ServeConfig, plans: Any, facts: Any, arguments: argparse.Namespace) -> int:
     """Deploy to the cluster, then wait; the application is taken down at the end."""
-    from lowbit.ops.ray_serve.application import APPLICATION, connect, run_application
+    from lowbit.ops.ray_cluster import connect
+    from lowbit.ops.ray_serve.application import APPLICATION, run_application
 
     connect(arguments.ray)
     from ray import serve
@@ -169,22 +173,27 @@ async def _main(config: ServeConfig, arguments: argparse.Namespace) -> int:
     from lowbit.gateway.known_facts import cache_directory
     from lowbit.gateway.launch import idle_cores, plan_tiers, printable
     from lowbit.gateway.log import log_to
+    from lowbit.gateway.placement import find_devices
     from lowbit.gateway.pool import Pool
     from lowbit.gateway.prepare import prepare
 
-    facts = await prepare(config, quiet=arguments.quiet)
+    devices = find_devices(config) if arguments.ray is None else ()
+    facts = await prepare(config, devices=devices, quiet=arguments.quiet)
     logs = Path(config.logs) if config.logs is not None else cache_directory() / "logs"
-    plans = plan_tiers(config, facts, logs, None if config.threads else idle_cores())
+    plans = plan_tiers(config, facts, logs, None if config.threads else idle_cores(), devices)
     if arguments.print_command:
         for tier_id, plan in plans.items():
-            print(f"# {tier_id}: {plan.facts.engine}, {human_bytes(plan.policy.memory)}")
+            there = [
+                f", {human_bytes(size)} of GPU {number}" for number, size in enumerate(plan.policy.gpu_memory) if size
+            ]
+            print(f"# {tier_id}: {plan.facts.engine}, {human_bytes(plan.policy.memory)} of memory{''.join(there)}")
             print(printable(plan))
         return 0
     log_to(level=logging.INFO if arguments.log else logging.WARNING)
     if arguments.ray is not None:
         return await _serve_on_ray(config, plans, facts, arguments)
     budget = config.memory if config.memory is not None else int(_SHARE * available_bytes())
-    pool = Pool(config, plans, budget)
+    pool = Pool(config, plans, budget, tuple(device.budget for device in devices))
     app = make_app(pool, config)
     failures: dict[str, str] = {}
     only = next(iter(plans)) if len(plans) == 1 else None

@@ -6,7 +6,7 @@ line and a suggestion.
     host: 127.0.0.1
     port: 8000
     api_keys: [env:LOWBIT_KEY]          # or sha256:<64 hex digits>, of `lowbit serve --hash-key`
-    memory: 12GiB
+    memory: 12GiB                       # of the host; gpu_memory: of each GPU
     models:
       assistant:
         policy: {ttft: 2s, failures: 3}
@@ -76,9 +76,14 @@ def _seconds(value: object) -> object:
     return float(match["number"]) * _SECONDS[match["unit"] or "s"]
 
 
+def _one_or_more(value: object) -> object:
+    return value if isinstance(value, list) or value is None else [value]
+
+
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+GpuNumber = Annotated[int, Field(ge=0)]
 
 
 class Strict(BaseModel):
@@ -139,10 +144,11 @@ class TierConfig(Strict):
     """One precision of a model: exactly one of ``path`` (a checkpoint or GGUF file), ``url`` (an engine that runs) and
     ``command`` (one to start; ``{port}`` and ``{host}`` are filled in).
 
-    ``memory`` defaults to the planner's figure, ``kl`` to the certificate in the checkpoint's manifest, ``bits`` to
-    what the name says (int4, q8_0, bf16) or the checkpoint. ``api_key`` is for the engine behind ``url``: ``env:NAME``.
-    ``python`` names an interpreter of another environment, for vLLM. ``replicas`` is for a
-    Ray cluster. ``tuned`` is what ``lowbit tune`` measured; it means nothing to serving.
+    ``memory`` of the host and ``gpu_memory`` on each of its GPUs default to the planner's figures; ``gpus`` are numbers
+    of this machine's, chosen where it is not given, none for ``[]``. ``kl`` defaults to the certificate in the
+    checkpoint's manifest, ``bits`` to what the name says (int4, q8_0, bf16) or the checkpoint. ``api_key`` is for the
+    engine behind ``url``: ``env:NAME``. ``python`` names an interpreter of another environment, for vLLM. ``replicas``
+    is for a Ray cluster. ``tuned`` is what ``lowbit tune`` measured; it means nothing to serving.
     """
 
     name: str
@@ -160,6 +166,8 @@ class TierConfig(Strict):
     flags: FlagsConfig = FlagsConfig()
     env: dict[str, str] = {}
     memory: Bytes | None = None
+    gpu_memory: Bytes | None = None
+    gpus: list[GpuNumber] | None = None
     kl: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     bits: Annotated[float, Field(gt=0, le=64)] | None = None
     pinned: bool = False
@@ -191,6 +199,14 @@ class TierConfig(Strict):
             raise ValueError("command is empty")
         if self.engine in ("llama.cpp", "encoder") and self.path is None:
             raise ValueError(f"engine {self.engine} needs path")
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_once(self) -> TierConfig:
+        if self.gpu_memory is not None and self.flags.gpu_memory is not None:
+            raise ValueError("gpu_memory is given twice: as bytes, and in flags as a share")
+        if self.gpus is not None and len(set(self.gpus)) < len(self.gpus):
+            raise ValueError(f"gpus names one twice: {self.gpus}")
         return self
 
     def known_bits(self) -> float | None:
@@ -266,7 +282,8 @@ class ImagesConfig(Strict):
 
 
 class ServeConfig(Strict):
-    """The whole configuration. ``memory`` is the budget of all loaded tiers; default: 90 % of what is free."""
+    """The whole configuration. ``memory`` is the budget of all loaded tiers in the host's memory, ``gpu_memory`` that
+    on each GPU (one size for all, or a list); default: 90 % of what is free."""
 
     models: Annotated[dict[str, ModelConfig], Field(min_length=1)]
     host: str = "127.0.0.1"
@@ -274,6 +291,7 @@ class ServeConfig(Strict):
     api_keys: list[str] = []
     insecure: bool = False
     memory: Bytes | None = None
+    gpu_memory: Annotated[list[Bytes] | None, BeforeValidator(_one_or_more)] = None
     threads: Count | None = None
     limits: LimitsConfig = LimitsConfig()
     images: ImagesConfig = ImagesConfig()

@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import lowbit
 from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
 from lowbit.gateway.launch import TierFacts
+from lowbit.gateway.placement import Device
 
 __all__ = ["cache_directory", "known_facts", "remember_facts"]
 
@@ -23,22 +25,22 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
 
 
-def known_facts(config: ServeConfig) -> dict[str, TierFacts]:
-    """Facts by tier id of those tiers whose files are as they were, and of engines elsewhere."""
+def known_facts(config: ServeConfig, devices: Sequence[Device] = ()) -> dict[str, TierFacts]:
+    """Facts by tier id of those tiers whose files and GPUs are as they were, and of engines elsewhere."""
     found = {}
     for name, model in config.models.items():
         for tier in model.tiers:
-            facts = _known(model, tier)
+            facts = _known(model, tier, devices)
             if facts is not None:
                 found[f"{name}@{tier.name}"] = facts
     return found
 
 
-def remember_facts(config: ServeConfig, facts: dict[str, TierFacts]) -> None:
+def remember_facts(config: ServeConfig, facts: dict[str, TierFacts], devices: Sequence[Device] = ()) -> None:
     """Keep facts for the next time; a cache that cannot be written is no harm."""
     for name, model in config.models.items():
         for tier in model.tiers:
-            entry = _entry(model, tier)
+            entry = _entry(model, tier, devices)
             if entry is None or f"{name}@{tier.name}" not in facts:
                 continue
             found = facts[f"{name}@{tier.name}"]
@@ -52,10 +54,10 @@ def remember_facts(config: ServeConfig, facts: dict[str, TierFacts]) -> None:
                 return
 
 
-def _known(model: ModelConfig, tier: TierConfig) -> TierFacts | None:
+def _known(model: ModelConfig, tier: TierConfig, devices: Sequence[Device]) -> TierFacts | None:
     if tier.path is None:
         return TierFacts("openai" if tier.engine == "auto" else tier.engine, kl=tier.kl, bits=tier.known_bits())
-    entry = _entry(model, tier)
+    entry = _entry(model, tier, devices)
     if entry is None:
         return None
     try:
@@ -66,7 +68,7 @@ def _known(model: ModelConfig, tier: TierConfig) -> TierFacts | None:
         return None
 
 
-def _entry(model: ModelConfig, tier: TierConfig) -> Path | None:
+def _entry(model: ModelConfig, tier: TierConfig, devices: Sequence[Device]) -> Path | None:
     """The file of a tier's facts, by everything they depend on; None for a model that is not on this disk."""
     if tier.path is None:
         return None
@@ -74,7 +76,11 @@ def _entry(model: ModelConfig, tier: TierConfig) -> Path | None:
     stamps = _stamps(path)
     if not stamps:
         return None
-    asked = tier.model_dump(include={"path", "quantize", "engine", "python", "context", "concurrency"})
+    asked = tier.model_dump(include={"path", "quantize", "engine", "python", "context", "concurrency", "kv_dtype"})
+    if devices:
+        split = {"gpu_layers", "tensor_parallel", "pipeline_parallel"}
+        asked |= {"gpus": tier.gpus, "flags": tier.flags.model_dump(include=split)}
+        asked |= {"devices": [(device.name, device.memory, device.budget >> 30) for device in devices]}
     text = json.dumps([lowbit.__version__, model.kind, asked, str(path.resolve()), stamps], sort_keys=True)
     return cache_directory() / "facts" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 

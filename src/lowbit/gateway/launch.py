@@ -6,7 +6,7 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from lowbit.engines.process import EngineSpec
 from lowbit.engines.vllm import check_vllm, speculative_config
 from lowbit.errors import UsageError
 from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
+from lowbit.gateway.placement import Device, Wanted, place, split_over, variables
 from lowbit.gateway.policy import ModelPolicy, Policy, TierPolicy
+from lowbit.gateway.room import added, beyond, pool_name
 
 __all__ = ["TierFacts", "TierPlan", "engine_threads", "idle_cores", "plan_tiers", "printable", "serving_policy"]
 
@@ -27,13 +29,17 @@ _RESERVED_ABOVE = 4
 """With more cores than this, one is left to the gateway."""
 _SMALL = 32 * 1024**2
 """A model of fewer bytes than this is fastest on one thread."""
+_TOLD = ("vllm", "tgi")
+"""Engines that are told which share of a GPU to fill with weights and cache."""
+_FILLING = (*_TOLD, "sglang", "lmdeploy", "tensorrt-llm")
+"""Engines that fill a GPU with cache, whatever the model's size."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierFacts:
     """What :mod:`lowbit.gateway.prepare` found out about a tier: the engine that takes it, the file or directory it
-    loads, planned bytes, bits of the weights, KL divergence and relative weight error of its certificate, and the
-    tokens of context that the model was made for.
+    loads, planned bytes of the host, bits of the weights, KL divergence and relative weight error of its certificate,
+    the tokens of context that the model was made for, and how many GPUs it computes on with planned bytes on each.
     """
 
     engine: str
@@ -43,6 +49,8 @@ class TierFacts:
     kl: float | None = None
     error: float | None = None
     context: int | None = None
+    gpus: int = 0
+    gpu_memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,33 +90,106 @@ def idle_cores(seconds: float = 0.3) -> float:
 
 
 def plan_tiers(
-    config: ServeConfig, facts: Mapping[str, TierFacts], logs: Path | None = None, idle: float | None = None
+    config: ServeConfig,
+    facts: Mapping[str, TierFacts],
+    logs: Path | None = None,
+    idle: float | None = None,
+    devices: Sequence[Device] = (),
 ) -> dict[str, TierPlan]:
-    """Plans by tier id; ``idle`` cores as of :func:`idle_cores`.
+    """Plans by tier id; ``idle`` cores as of :func:`idle_cores`, ``devices`` as they were for the facts.
 
-    Raises :class:`lowbit.errors.UnsupportedError` for settings that an engine cannot take.
+    Raises :class:`lowbit.errors.UnsupportedError` for settings that an engine cannot take and :class:`UsageError` for
+    GPUs that are not there.
     """
     threads = engine_threads(config, idle=idle)
+    homes = _homes(config, facts, devices)
     plans = {}
     for name, model in config.models.items():
         for tier in model.tiers:
-            plans[f"{name}@{tier.name}"] = _plan(name, model, tier, facts[f"{name}@{tier.name}"], threads, logs)
+            tier_id = f"{name}@{tier.name}"
+            gpu = _gpu_share(tier_id, tier, facts, homes, devices)
+            plans[tier_id] = _plan(name, model, tier, facts[tier_id], threads, logs, gpu)
     return plans
 
 
-def serving_policy(config: ServeConfig, plans: Mapping[str, TierPlan], memory_budget: int) -> Policy:
+@dataclass(frozen=True, slots=True)
+class _GpuShare:
+    """What a tier gets of the GPUs: bytes by number, variables for its engine, the share to tell it or None."""
+
+    memory: tuple[int, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    told: float | None = None
+
+
+def _homes(
+    config: ServeConfig, facts: Mapping[str, TierFacts], devices: Sequence[Device]
+) -> dict[str, tuple[int, ...]]:
+    """The GPUs of each tier that computes on any, by tier id."""
+    wanted = {}
+    for name, model in config.models.items():
+        for tier in model.tiers:
+            tier_id = f"{name}@{tier.name}"
+            known = facts[tier_id]
+            ours = tier.command is not None and (tier.gpus or tier.gpu_memory)
+            count = known.gpus or (len(tier.gpus or ()) or split_over(tier) if ours else 0)
+            if not count:
+                continue
+            chosen = tuple(tier.gpus) if tier.gpus else None
+            if chosen is not None and len(chosen) != count:
+                raise UsageError(f"{tier_id}: gpus names {len(chosen)}, and its engine takes {count} as it is split")
+            size = tier.gpu_memory if tier.gpu_memory is not None else known.gpu_memory
+            wanted[tier_id] = Wanted(count, size, chosen, tier.pinned or model.pinned)
+    return place(wanted, devices)
+
+
+def _gpu_share(
+    tier_id: str,
+    tier: TierConfig,
+    facts: Mapping[str, TierFacts],
+    homes: Mapping[str, tuple[int, ...]],
+    devices: Sequence[Device],
+) -> _GpuShare:
+    """An engine that fills its GPUs gets their whole budget where it is alone there, else what was planned for it."""
+    home = homes.get(tier_id, ())
+    if not home:  # an engine of ours that computes on the processor must not see a GPU; of a command nothing is known
+        return _GpuShare(environment=variables((), devices) if tier.path is not None else {})
+    engine, given = facts[tier_id].engine, tier.flags.gpu_memory
+    shared = any(other != tier_id and set(there) & set(home) for other, there in homes.items())
+    planned = facts[tier_id].gpu_memory
+    if tier.gpu_memory is not None:
+        sizes = [tier.gpu_memory] * len(home)
+    elif given is not None:
+        sizes = [int(given * (devices[number].memory or devices[number].budget)) for number in home]
+    elif engine in _FILLING and not (engine in _TOLD and shared):
+        sizes = [devices[number].budget for number in home]
+    else:
+        sizes = [planned] * len(home)
+    memory = [0] * (max(home) + 1)
+    for number, size in zip(home, sizes, strict=True):
+        memory[number] = size
+    whole = max(devices[number].memory for number in home)
+    told = int(1e4 * min(sizes) / whole) / 1e4 if engine in _TOLD and whole and given is None else None
+    return _GpuShare(tuple(memory), variables(home, devices), told)
+
+
+def serving_policy(
+    config: ServeConfig, plans: Mapping[str, TierPlan], memory_budget: int, gpu_budgets: tuple[int, ...] = ()
+) -> Policy:
     """The policy of the whole gateway. Raises :class:`UsageError` where what is pinned does not fit."""
     models = {
         name: ModelPolicy(name, tuple(f"{name}@{tier.name}" for tier in model.tiers), model.policy.settings())
         for name, model in config.models.items()
     }
-    pinned = sum(plan.policy.memory for plan in plans.values() if plan.policy.pinned)
-    if pinned > memory_budget:
+    policy = Policy({name: plan.policy for name, plan in plans.items()}, models, memory_budget, gpu_budgets)
+    pinned = added([tier.room for tier in policy.tiers.values() if tier.pinned])
+    for pool in beyond(pinned, policy.room):
+        budget = policy.room[pool] if pool < len(policy.room) else 0
+        where = pool_name(pool).replace("memory", "memory budget")
         raise UsageError(
-            f"pinned tiers need {pinned / 2**30:.2f} GiB of a memory budget of {memory_budget / 2**30:.2f} GiB: "
-            "pin fewer, give them less context or concurrency, or raise --memory"
+            f"pinned tiers need {pinned[pool] / 2**30:.2f} GiB of a {where} of {budget / 2**30:.2f} GiB: "
+            f"pin fewer, give them less context or concurrency, or raise {'--gpu-memory' if pool else '--memory'}"
         )
-    return Policy({name: plan.policy for name, plan in plans.items()}, models, memory_budget)
+    return policy
 
 
 def printable(plan: TierPlan) -> str:
@@ -120,7 +201,13 @@ def printable(plan: TierPlan) -> str:
 
 
 def _plan(
-    name: str, model: ModelConfig, tier: TierConfig, facts: TierFacts, threads: int, logs: Path | None
+    name: str,
+    model: ModelConfig,
+    tier: TierConfig,
+    facts: TierFacts,
+    threads: int,
+    logs: Path | None,
+    gpu: _GpuShare,
 ) -> TierPlan:
     tier_id = f"{name}@{tier.name}"
     policy = TierPolicy(
@@ -133,6 +220,7 @@ def _plan(
         kl=tier.kl if tier.kl is not None else facts.kl,
         pinned=tier.pinned or model.pinned,
         remote=tier.url is not None,
+        gpu_memory=() if tier.url else gpu.memory,
     )
     profile = ENGINES.get(facts.engine)
     nameless = tier.path is not None and profile is not None and not profile.takes_name
@@ -142,7 +230,7 @@ def _plan(
     if tier.url is not None:
         return TierPlan(policy, facts, upstream, context, url=tier.url, headers=headers)
     log = logs / f"{tier_id.replace('/', '_')}.log" if logs is not None else None
-    spec = _spec(tier_id, model, tier, facts, upstream, context, threads, log)
+    spec = _spec(tier_id, model, tier, facts, upstream, context, threads, log, gpu)
     return TierPlan(policy, facts, upstream, context, spec=spec, headers={**spec.headers, **headers})
 
 
@@ -167,6 +255,7 @@ def _spec(
     context: int | None,
     threads: int,
     log: Path | None,
+    gpu: _GpuShare,
 ) -> EngineSpec:
     if tier.command is not None:
         profile = ENGINES.get(facts.engine)
@@ -174,18 +263,20 @@ def _spec(
         return EngineSpec(
             tier_id,
             tuple(tier.command),
-            env=tier.env,
+            env={**gpu.environment, **tier.env},
             health=health,
             ready_timeout=tier.ready_timeout,
             hang_timeout=tier.hang_timeout,
             log=log,
         )
     if facts.engine == "encoder":
-        return _encoder_spec(tier_id, model, tier, facts, upstream, threads, log)
+        return _encoder_spec(tier_id, model, tier, facts, upstream, threads, log, gpu)
     profile = ENGINES[facts.engine]
     given = tier.flags.model_dump(exclude={"extra"})
     if given["threads"] is None and facts.engine == "llama.cpp":
         given["threads"] = 1 if _is_small(facts) else threads
+    if gpu.told is not None:
+        given["gpu_memory"] = gpu.told
     flags = EngineFlags(
         context=context if facts.engine == "llama.cpp" else tier.context,
         concurrency=tier.concurrency,
@@ -205,7 +296,7 @@ def _spec(
     return EngineSpec(
         tier_id,
         command,
-        env={**environment, **tier.env},
+        env={**environment, **gpu.environment, **tier.env},
         headers=headers,
         health=profile.health,
         warmup=_warmup(model, upstream),
@@ -245,6 +336,7 @@ def _encoder_spec(
     upstream: str,
     threads: int,
     log: Path | None,
+    gpu: _GpuShare,
 ) -> EngineSpec:
     """The encoder engine, a process of its own."""
     key = secrets.token_hex(16)
@@ -257,7 +349,7 @@ def _encoder_spec(
     return EngineSpec(
         tier_id,
         command,
-        env={KEY_VARIABLE: key, "OMP_WAIT_POLICY": "PASSIVE", **tier.env},
+        env={KEY_VARIABLE: key, "OMP_WAIT_POLICY": "PASSIVE", **gpu.environment, **tier.env},
         headers={"Authorization": f"Bearer {key}"},
         warmup=_warmup(model, upstream),
         probe="/v1/models",

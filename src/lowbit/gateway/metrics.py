@@ -96,6 +96,9 @@ class _State:
         opened = GaugeMetricFamily("lowbit_circuit_open", "1 while a tier is out of use after failures", labels=TIER)
         flight = GaugeMetricFamily("lowbit_in_flight", "Requests that a tier is answering", labels=TIER)
         memory = GaugeMetricFamily("lowbit_tier_memory_bytes", "Memory planned for a loaded tier", labels=TIER)
+        on_gpu = GaugeMetricFamily(
+            "lowbit_tier_gpu_memory_bytes", "Memory of a GPU planned for a loaded tier", labels=(*TIER, "gpu")
+        )
         kl = GaugeMetricFamily("lowbit_quantization_kl", "Measured KL divergence, nats per token", labels=TIER)
         error = GaugeMetricFamily("lowbit_quantization_error", "Mean relative error of the weights", labels=TIER)
         bits = GaugeMetricFamily("lowbit_tier_bits", "Bits of a tier's weights", labels=TIER)
@@ -110,15 +113,23 @@ class _State:
                 opened.add_metric(labels, health.circuit != "closed")
                 flight.add_metric(labels, health.in_flight)
                 memory.add_metric(labels, health.memory)
+                for number, size in enumerate(health.gpu_memory):
+                    if size:
+                        on_gpu.add_metric((*labels, str(number)), size)
                 bits.add_metric(labels, tier.bits)
                 if tier.kl is not None:
                     kl.add_metric(labels, tier.kl)
                 if tier.error is not None:
                     error.add_metric(labels, tier.error)
-        yield from (state, opened, flight, memory, bits, kl, error, preferred)
+        yield from (state, opened, flight, memory, on_gpu, bits, kl, error, preferred)
         budget = GaugeMetricFamily("lowbit_memory_budget_bytes", "Memory that all loaded tiers may take")
         budget.add_metric((), snapshot.memory_budget)
-        yield budget
+        gpus = GaugeMetricFamily(
+            "lowbit_gpu_memory_budget_bytes", "Memory of a GPU that all loaded tiers may take", labels=("gpu",)
+        )
+        for number, size in enumerate(snapshot.gpu_budgets):
+            gpus.add_metric((str(number),), size)
+        yield from (budget, gpus)
 
     def _queues(self) -> Iterator[Metric]:
         depth = GaugeMetricFamily("lowbit_queue_requests", "Requests that wait for their turn", labels=("model",))

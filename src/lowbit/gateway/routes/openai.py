@@ -116,6 +116,7 @@ def _tier(tier: TierInfo) -> dict[str, Any]:
         "engine": tier.engine,
         "bits": tier.bits,
         "memory": tier.memory,
+        **({"gpu_memory": sum(tier.gpu_memory)} if any(tier.gpu_memory) else {}),
         "kl": tier.kl,
         "error": tier.error,
         "context": tier.context,

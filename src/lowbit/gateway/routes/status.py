@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 from aiohttp import ClientSession, web
@@ -72,6 +73,7 @@ async def status(request: web.Request) -> web.Response:
                     **dataclasses.asdict(tier),
                     **_finite(dataclasses.asdict(snapshot.tiers[tier.id])),
                     "planned": tier.memory,
+                    "gpu_planned": tier.gpu_memory,
                     "resident": engine.resident_bytes if engine else None,
                     "restarts": engine.restarts if engine else 0,
                 }
@@ -91,6 +93,10 @@ async def status(request: web.Request) -> web.Response:
             "ready": is_ready(state.pool),
             "memory": snapshot.memory,
             "memory_budget": snapshot.memory_budget,
+            "gpus": [
+                {"memory": held, "memory_budget": budget}
+                for held, budget in zip_longest(snapshot.held[1:], snapshot.gpu_budgets, fillvalue=0)
+            ],
             "tokens": state.metrics.total_tokens(),
             "models": models,
         }

@@ -57,6 +57,7 @@ function tierRow(tier, budget) {
   const state = open ? `circuit ${tier.circuit.replace("_", " ")}` : tier.state;
   const held = tier.resident ?? tier.memory;
   const facts = [`${tier.engine}`, `${tier.bits} bit`];
+  const gpu = tier.gpu_memory.map((size, number) => (size ? `${bytes(size)} of GPU ${number}` : "")).filter(Boolean);
   if (tier.kl !== null) facts.push(`KL ${tier.kl.toPrecision(2)}`);
   if (tier.ewma_ttft !== null) facts.push(`first token ${(tier.ewma_ttft * 1000).toFixed(0)} ms`);
   if (tier.restarts) facts.push(`${tier.restarts} restarts`);
@@ -64,7 +65,7 @@ function tierRow(tier, budget) {
     element("div", [element("strong", [tier.name]), tier.pinned ? " 📌" : ""]),
     element("div", [element("span", [state], { className: `pill ${tier.state === "cold" && !open ? "" : kind}`, title: tier.reason })]),
     element("div", [bar(budget ? held / budget : 0, `${bytes(held)} held, ${bytes(tier.planned)} planned`),
-      element("span", [`${bytes(held)} of ${bytes(tier.planned)} planned`], { className: "facts" })]),
+      element("span", [[`${bytes(held)} of ${bytes(tier.planned)} planned`, ...gpu].join(" · ")], { className: "facts" })]),
     element("div", [`${tier.in_flight} in flight`, element("br"), facts.join(" · ")], { className: "facts" }),
   ], { className: "tier" });
 }
@@ -91,8 +92,10 @@ async function refreshStatus(visible) {
   chart(document.getElementById("tokens-chart"), seen.tokens);
   chart(document.getElementById("queue-chart"), seen.depth);
   document.getElementById("memory").replaceChildren(
-    element("h2", [`Memory: ${bytes(now.memory)} of ${bytes(now.memory_budget)}`]),
-    bar(now.memory_budget ? now.memory / now.memory_budget : 0, "planned memory of loaded tiers"));
+    ...[{ ...now, name: "Memory" }, ...now.gpus.map((gpu, number) => ({ ...gpu, name: `GPU ${number}` }))].flatMap((pool) => [
+      element("h2", [`${pool.name}: ${bytes(pool.memory)} of ${bytes(pool.memory_budget)}`]),
+      bar(pool.memory_budget ? pool.memory / pool.memory_budget : 0, "planned memory of loaded tiers"),
+    ]));
   document.getElementById("models").replaceChildren(...now.models.map((model) => element("div", [
     element("h2", [model.name, element("span", [
       ` ${model.kind}${model.queued ? ` · ${model.queued} queued` : ""}${model.level ? ` · degraded by ${model.level}` : ""}`,
