@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--bits", metavar="LIST", default=BITS, help=f"widths for the methods (default: {BITS})")
     what.add_argument("--group-size", type=int, default=128, metavar="N", help="columns that share a scale; -1 a row")
+    what.add_argument("--budget", metavar="TIME", help="time that method best may take to solve (default: 30m)")
     what.add_argument("--asym", action="store_true", help="a zero point for each scale")
     data = parser.add_argument_group("text")
     add_calibration_arguments(data)
@@ -82,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         bits,
         group_size=arguments.group_size,
         symmetric=not arguments.asym,
+        budget=arguments.budget,
     )
     if not chosen:
         raise UsageError(f"--methods {arguments.methods!r}: names nothing to compare, e.g. gptq,nf4")

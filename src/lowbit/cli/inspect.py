@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from lowbit.cli.options import SOURCE_HELP, add_trust_arguments
@@ -80,6 +81,8 @@ def facts(result: Inspection) -> dict[str, str]:
         lines["made by"] = (
             f"lowbit {result.made['lowbit_version']}, {how}, from {result.made['source'].get('name', '?')}"
         )
+        if chosen := Counter(result.made["choices"].values()):
+            lines["chosen"] = ", ".join(f"{name} × {count}" for name, count in chosen.most_common())
     lines["certificate"] = certificate(result)
     return lines
 

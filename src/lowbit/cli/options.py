@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from lowbit.errors import UsageError
 
-METHODS = ("gptq", "gptaq", "autoround", "awq", "hqq", "rtn")
+METHODS = ("gptq", "gptaq", "autoround", "awq", "hqq", "rtn", "best")
 PRUNERS = ("sparsegpt", "wanda", "magnitude")
 TRANSFORMS = ("awq", "smoothquant", "none")
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "hqq", "dense")

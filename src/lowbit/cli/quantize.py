@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from lowbit.cli.options import (
@@ -29,6 +30,7 @@ EXAMPLES = """\
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-W4A16 --calibration chats.jsonl --memory 6GiB
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-awq --method awq --format awq --asym
   lowbit quantize ./Qwen3-8B ./out --method gptq --transform awq --bits 3
+  lowbit quantize ./Qwen3-8B ./out --method best --budget 2h --bits 3
   lowbit quantize ./Qwen3-8B ./Qwen3-8B-W8A8 --scheme W8A8 --kv-cache fp8
   lowbit quantize ./Qwen3-8B ./out --sparsity 2:4 --pruner wanda --method gptq
   lowbit quantize ./Qwen3-8B ./out --bits 8 --group-size -1 --skip '.*down_proj' --target vllm==0.32
@@ -53,7 +55,14 @@ def _add_formats(group: argparse._ArgumentGroup) -> None:
         help="W4A16 (default), W8A8, FP8_DYNAMIC, NVFP4 … or a number format such as int4-g128-sym; for a GGUF file "
         "Q4_K_M (default), Q6_K, IQ3_XS …",
     )
-    group.add_argument("--method", choices=METHODS, help="how weights are rounded (default: gptq)")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        help="how weights are rounded (default: gptq); best tries several on each module and keeps the best one",
+    )
+    group.add_argument(
+        "--budget", metavar="TIME", help="time that --method best may take to solve, e.g. 90s, 2h (default: 30m)"
+    )
     group.add_argument(
         "--transform",
         choices=TRANSFORMS,
@@ -157,6 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
             ordering=arguments.ordering,
             transform=arguments.transform,
             kv_cache=arguments.kv_cache,
+            budget=arguments.budget,
             rotate=arguments.rotate,
             sparsity=arguments.sparsity,
             pruner=arguments.pruner,
@@ -193,6 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
 def summary(result: QuantizeResult) -> dict[str, str]:
     """The lines that a person wants after a run."""
     share = result.size_bytes / result.source_bytes if result.source_bytes else 1.0
+    chosen = Counter(module.method for module in result.modules if module.candidates)
     lines = {
         "wrote": str(result.out),
         "how": f"{result.method} {result.scheme}, stored as {result.format}",
@@ -200,6 +211,8 @@ def summary(result: QuantizeResult) -> dict[str, str]:
         "size": f"{human_bytes(result.size_bytes)}, {share:.0%} of the source's {human_bytes(result.source_bytes)}",
         "time": f"{human_seconds(result.seconds)}, peak memory {human_bytes(result.peak_memory_bytes)}",
     }
+    if chosen:
+        lines["chosen"] = ", ".join(f"{name} × {count}" for name, count in chosen.most_common())
     if result.quality is not None:
         quality = result.quality
         lines["proved"] = (

@@ -45,6 +45,7 @@ class QuantizeSettings(TypedDict, total=False):
     ordering: str | None
     transform: str | None
     kv_cache: str | None
+    budget: str | None
     rotate: str | None
     sparsity: str | None
     pruner: str | None

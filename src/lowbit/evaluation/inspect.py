@@ -29,7 +29,8 @@ class Inspection:
     ``kinds``        sizes by kind of module (embedding, attention, mlp, experts, router, norm, head, other)
     ``specs``        number format to how many modules have it
     ``files``        weight file to its bytes
-    ``made``         how it was made, from ``lowbit.json``: source, recipe, calibration; empty without one
+    ``made``         how it was made, from ``lowbit.json``: source, recipe, calibration, and the method chosen for each
+                     module that had a choice; empty without one
     ``certificate``  the quality measured by ``lowbit eval``, from ``lowbit.json``, or None
     """
 
@@ -193,4 +194,5 @@ def _made(manifest: Manifest) -> dict[str, Any]:
         "source": manifest.source,
         "recipe": manifest.recipe,
         "calibration": manifest.calibration,
+        "choices": {name: record["method"] for name, record in manifest.modules.items() if record.get("candidates")},
     }

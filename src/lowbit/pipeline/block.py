@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,42 +15,33 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.codecs import Codec, read_dense
 from lowbit.codecs.names import owner
 from lowbit.errors import NumericsError
-from lowbit.formats import PER_TENSOR, FloatSpec, FloatTensor, QuantizedTensor, Scheme, WeightSpec, WeightTensor
-from lowbit.pipeline.architectures import fused_groups
+from lowbit.formats import QuantizedTensor, Scheme, WeightTensor
+from lowbit.pipeline.attempts import Attempt, better, options_of, prune, rows_of, units
 from lowbit.pipeline.experts import UnfusedExperts
-from lowbit.pipeline.folding import fold_into_norm, fold_target, has_unit_offset
+from lowbit.pipeline.folding import Fold, Folds, divided, folded
 from lowbit.pipeline.inputs import InputScales, RoundingLinear
 from lowbit.pipeline.kv_scales import CacheRange, intercepted_attention
 from lowbit.pipeline.progress import Progress, Silent
-from lowbit.pipeline.recipe import ModulePlan, Recipe, method_options
+from lowbit.pipeline.recipe import ModulePlan, Recipe
 from lowbit.pipeline.refine import Learnable, refine
 from lowbit.pipeline.stages import Group, Reference, Stage, StagedForward, discover_stages, split_stages
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
-from lowbit.quant import METHODS, AutoRoundOptions, InputStatistics, PairedStatistics, output_error, weight_error
+from lowbit.quant import METHODS, AutoRoundOptions, InputStatistics, Pace, PairedStatistics, output_error, weight_error
 from lowbit.quant.methods import Options
 from lowbit.quant.solution import Solution
-from lowbit.quant.sparse import DEFAULT_PRUNER, PRUNERS, Pruned, parse_sparsity
 from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
-
-_Q = TypeVar("_Q", bound=QuantizedTensor | FloatTensor)
 
 STARVED_SHARE = 0.005
 """An expert that saw less than this share of the calibration tokens is solved without statistics."""
-
-
-def options_of(recipe: Recipe, plan: ModulePlan) -> Options:
-    """The options of a module's method: the recipe's where it is the recipe's method, with the module's ordering."""
-    given = dict(recipe.options) if plan.method == recipe.method else {}
-    if plan.ordering is not None and "ordering" in {field.name for field in fields(METHODS[plan.method].options)}:
-        given["ordering"] = plan.ordering
-    return method_options(METHODS[plan.method].options, given)
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
     """What happened to one linear; ``error`` is the relative squared output error, None without statistics.
 
-    ``zeros`` is the share of weights that are zero, of pruned ones.
+    ``zeros`` is the share of weights that are zero, of pruned ones. Where there was a choice of methods, ``candidates``
+    are the errors of those that were tried (:class:`lowbit.quant.Solution`), ``left_out`` the others, and ``method``
+    the one that was chosen.
     """
 
     name: str
@@ -65,6 +57,8 @@ class ModuleReport:
     zeros: float | None = None
     starved: bool = False
     dropped: int = 0
+    candidates: Mapping[str, float] | None = None
+    left_out: Sequence[str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are set, for the manifest and the journal."""
@@ -94,6 +88,7 @@ class BlockQuantizer:
     """Quantizes the planned linears of one block while its forward runs.
 
     ``plans`` maps names relative to the block to what is planned for them; linears without a plan stay dense.
+    ``pace`` limits methods that try others (None: no limit).
     """
 
     def __init__(
@@ -105,9 +100,11 @@ class BlockQuantizer:
         codec: Codec,
         calibration_tokens: int,
         progress: Progress | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.model = model
         self.index = index
+        self.pace = pace or Pace.unlimited()
         self.block = model.load_block(index)
         self.plans = plans
         self.recipe = recipe
@@ -119,8 +116,7 @@ class BlockQuantizer:
         self._solved: dict[str, WeightTensor] = {}
         self._input_scales = InputScales()
         self._cache_ranges: dict[str, CacheRange] = {}
-        self._overrides: dict[str, torch.Tensor] = {}
-        self._divided: dict[str, torch.Tensor] = {}
+        self._folds = Folds(self.block, model.family, self._stored, self._solved)
         self._learnable: dict[str, Learnable] = {}
         for module in self.block.modules():
             if isinstance(module, UnfusedExperts):
@@ -179,7 +175,8 @@ class BlockQuantizer:
             for name, q in tuned.items()
         }
         for name, q in tuned.items():
-            self._solved[name] = _divided(q, self._divided[name]) if name in self._divided else q
+            rows = self._folds.divided.get(name)
+            self._solved[name] = q if rows is None else divided(q, rows)
         self.reports = [
             replace(r, weight_error=changed[r.name].relative, error=None) if r.name in changed else r
             for r in self.reports
@@ -236,118 +233,120 @@ class BlockQuantizer:
         needs = any(self.plans[name].needs_statistics for name in planned)
         starved = needs and tokens < max(1, STARVED_SHARE * self.calibration_tokens)
         usable = None if starved else statistics
-        scales = self._scale(group, planned, usable) if usable is not None else None
-        if scales is not None and usable is not None:
-            usable.divide_(scales)
+        attempt = self._best_attempt(group, planned, usable)
         dropped = 0 if statistics is None else statistics.nonfinite
-        shared: dict[Any, Any] = {}
-        for name in planned if statistics is not None else ():
-            self._input_scales.note(name, float(statistics.abs_max.max()))  # type: ignore[union-attr]
-        for names in self._units(planned):
-            plan = self.plans[names[0]]
-            if starved:
-                plan = replace(plan, method="rtn")
-            for report in self._solve(names, plan, usable, scales, shared):
-                self.reports.append(replace(report, tokens=tokens, dropped=dropped, starved=starved))
+        scales = None if attempt.fold is None else attempt.fold.scales
+        if attempt.fold is not None:
+            self._folds.apply(attempt.fold)
+        with folded(usable, attempt.fold):
+            for name in planned if statistics is not None else ():
+                self._input_scales.note(name, float(statistics.abs_max.max()))  # type: ignore[union-attr]
+            for names, solution in attempt.solved.items():
+                for report in self._accept(names, solution, usable, scales):
+                    self.reports.append(replace(report, tokens=tokens, dropped=dropped, starved=starved))
         for name in group:
             if scales is not None and name not in self.plans:
-                self._overrides[f"{name}.weight"] = self._linear(name).weight * scales
+                self._folds.overrides[f"{name}.weight"] = self._linear(name).weight * scales
 
-    def _scale(self, group: Group, planned: list[str], statistics: InputStatistics) -> torch.Tensor | None:
-        """Search and fold an activation-aware scaling of the group's input; None where there is none."""
-        plan = self.plans[planned[0]]
-        name = plan.applied_transform
-        target = fold_target(self.block, self.model.family, group[0])
-        if name == NO_TRANSFORM or target is None or not self._can_divide(target):
-            return None
-        transform = TRANSFORMS[name]
-        options = options_of(self.recipe, plan)
-        chosen = options if isinstance(options, transform.options) else transform.options()
-        weights = [self._linear(linear).weight for linear in planned]
-        found = transform.search(weights, statistics, plan.spec, plan.inputs, chosen)
-        return None if found is None else self._fold(target, found)
+    def _best_attempt(self, group: Group, planned: list[str], statistics: InputStatistics | None) -> Attempt:
+        """Solve what is planned on one input, after each transform that its method tries; the least error wins."""
+        best: Attempt | None = None
+        for transform in self.plans[planned[0]].transforms if statistics is not None else (NO_TRANSFORM,):
+            weights = sum(self._linear(name).weight.numel() for name in planned)
+            search = f"search of {transform}"
+            if best is not None and not self.pace.allows(search, weights):
+                best = best.without(transform)
+                continue
+            fold = self.pace.timed(search, weights, partial(self._search, transform, group, planned, statistics))
+            if best is None or fold is not None:
+                attempt = self._attempt(transform, fold, planned, statistics)
+                best = attempt if best is None else better(best, attempt)
+        assert best is not None
+        chosen = [name for name in planned if METHODS[self.plans[name].method].scope == "candidates"]
+        self.pace.done += sum(self._linear(name).weight.numel() for name in chosen)
+        return best
 
-    def _fold(self, target: str, scales: torch.Tensor) -> torch.Tensor:
-        """Divide the producer ``target`` by ``scales``; returns the scales in effect."""
-        module = self.block.get_submodule(target)
-        if isinstance(module, nn.Linear):
-            self._divide_rows(target, module, scales)
-            return scales
-        stored = self._stored(f"{target}.weight")
-        bias = self._stored(f"{target}.bias") if getattr(module, "bias", None) is not None else None
-        weight, bias, effective = fold_into_norm(stored, bias, scales, unit_offset=has_unit_offset(module))
-        self._overrides[f"{target}.weight"] = weight
-        if bias is not None:
-            self._overrides[f"{target}.bias"] = bias
-        return effective
+    def _attempt(
+        self, transform: str, fold: Fold | None, planned: Sequence[str], statistics: InputStatistics | None
+    ) -> Attempt:
+        """Solve what is planned on one input, scaled as ``fold`` says."""
+        solved: dict[tuple[str, ...], Solution] = {}
+        shared: dict[Any, Any] = {}
+        with folded(statistics, fold):
+            for names in units(planned, self.plans):
+                full = self.full_name(names[0])
+                self.progress.at(full)
+                plan = self.plans[names[0]]
+                if statistics is None and METHODS[plan.method].needs_statistics:
+                    plan = replace(plan, method="rtn")
+                weight = self._weight(names, None if fold is None else fold.scales)
+                solved[names] = METHODS[plan.method].solve(
+                    weight,
+                    statistics,
+                    plan.spec,
+                    options_of(self.recipe, plan),
+                    shared=shared,
+                    name=full,
+                    pruned=prune(weight, statistics, plan),
+                    transform=None if fold is None else transform,
+                    pace=self.pace,
+                )
+        return Attempt(fold, solved)
 
-    def _can_divide(self, target: str) -> bool:
-        """Whether the rows of a solved producer have scales of their own; others cannot be divided any more."""
-        q = self._solved.get(target)
-        return q is None or (isinstance(q, QuantizedTensor | FloatTensor) and _has_row_scales(q))
-
-    def _divide_rows(self, target: str, module: nn.Linear, scales: torch.Tensor) -> None:
-        self._divided[target] = scales
-        q = self._solved.get(target)
-        if isinstance(q, QuantizedTensor | FloatTensor):
-            self._solved[target] = _divided(q, scales)
-        else:
-            self._overrides[f"{target}.weight"] = module.weight / scales[:, None]
-        if module.bias is not None:
-            self._overrides[f"{target}.bias"] = module.bias / scales
-
-    def _units(self, planned: Sequence[str]) -> list[tuple[str, ...]]:
-        """What is solved as one matrix: linears that engines merge, where the matrix has a scale of its own."""
-        merged = [group for group in fused_groups(list(planned)) if _has_whole_scale(self.plans[group[0]].spec)]
-        inside = {name for group in merged for name in group}
-        return [*merged, *((name,) for name in planned if name not in inside)]
-
-    def _solve(
-        self,
-        names: tuple[str, ...],
-        plan: ModulePlan,
-        statistics: InputStatistics | None,
-        scales: torch.Tensor | None,
-        shared: dict[Any, Any],
-    ) -> list[ModuleReport]:
-        """Solve linears as one matrix, put the results in their places, and say how it went."""
-        full = self.full_name(names[0])
-        self.progress.at(full)
+    def _weight(self, names: Sequence[str], scales: torch.Tensor | None) -> torch.Tensor:
+        """Float32 weights of linears on one input, one below the other, their columns times ``scales``."""
         weights = [self._linear(name).weight.float() for name in names]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        weight = weight if scales is None else weight * scales
+        return weight if scales is None else weight * scales
+
+    def _search(
+        self, transform: str, group: Group, planned: list[str], statistics: InputStatistics | None
+    ) -> Fold | None:
+        """Search a scaling of the group's input; None where there is none."""
+        target = None if transform == NO_TRANSFORM or statistics is None else self._folds.target(group[0])
+        if target is None or statistics is None:
+            return None
+        plan, row = self.plans[planned[0]], TRANSFORMS[transform]
         options = options_of(self.recipe, plan)
-        pruned = _prune(weight, statistics, plan)
-        solution = METHODS[plan.method].solve(
-            weight, statistics, plan.spec, options, shared=shared, name=full, pruned=pruned
-        )
-        reports, first = [], 0
-        for name, part in zip(names, weights, strict=True):
-            rows = slice(first, first + part.shape[0])
-            tensor = solution.tensor if len(names) == 1 else _rows(solution.tensor, rows)
-            part = weight[rows]
-            reports.append(self._place(name, plan, part, replace(solution, tensor=tensor), statistics, scales))
+        chosen = options if isinstance(options, row.options) else row.options()
+        weights = [self._linear(linear).weight for linear in planned]
+        found = row.search(weights, statistics, plan.spec, plan.inputs, chosen)
+        return None if found is None else self._folds.prepare(target, found)
+
+    def _accept(
+        self,
+        names: tuple[str, ...],
+        solution: Solution,
+        statistics: InputStatistics | None,
+        scales: torch.Tensor | None,
+    ) -> list[ModuleReport]:
+        """Put linears that were solved as one matrix in their places, and say how it went."""
+        weight, first, reports = self._weight(names, scales), 0, []
+        for name in names:
+            rows = slice(first, first + self._linear(name).out_features)
+            tensor = solution.tensor if len(names) == 1 else rows_of(solution.tensor, rows)
+            reports.append(self._place(name, weight[rows], replace(solution, tensor=tensor), statistics, scales))
             first = rows.stop
         return reports
 
     def _place(
         self,
         name: str,
-        plan: ModulePlan,
         weight: torch.Tensor,
         solution: Solution,
         statistics: InputStatistics | None,
         scales: torch.Tensor | None,
     ) -> ModuleReport:
         """Put a solved linear in its place; ``weight`` is what it was solved from."""
-        linear, full = self._linear(name), self.full_name(name)
+        linear, full, plan = self._linear(name), self.full_name(name), self.plans[name]
+        method = plan.method if statistics is not None or not METHODS[plan.method].needs_statistics else "rtn"
         restored = solution.tensor.dequantize()
         if not bool(torch.isfinite(restored).all()):
             raise NumericsError(f"{full}: the quantized weight is not finite: try --method rtn for it")
         report = ModuleReport(
             name=full,
             spec=str(Scheme(plan.spec, plan.inputs)),
-            method=plan.method,
+            method=solution.method or method,
             bits_per_weight=solution.tensor.bits_per_weight,
             weights=weight.numel(),
             error=None if statistics is None else output_error(weight, restored, statistics),
@@ -355,12 +354,14 @@ class BlockQuantizer:
             damping=solution.damping or None,
             scaled=scales is not None,
             zeros=None if plan.sparsity is None else float((restored == 0).float().mean()),
+            candidates=dict(solution.errors) or None,
+            left_out=solution.left_out or None,
         )
         linear.weight.data = (restored if scales is None else restored.div_(scales)).to(linear.weight.dtype)
         input_scale = self._input_scales.of(name, plan.inputs)
         linear.round_inputs(plan.inputs, None if input_scale is None else input_scale.to(linear.weight.device), scales)
         self._solved[name] = solution.tensor
-        if METHODS[plan.method].scope == "block" and isinstance(solution.tensor, QuantizedTensor):
+        if METHODS[method].scope == "block" and isinstance(solution.tensor, QuantizedTensor):
             self._learnable[name] = Learnable(linear, weight, solution.tensor, scales)
         return report
 
@@ -401,45 +402,13 @@ class BlockQuantizer:
                     out[f"{self.full_name(module)}.{local}"] = tensor.contiguous().cpu()
                 continue
             kept = self._stored(name)
-            override = self._overrides.get(name)
+            override = self._folds.overrides.get(name)
             out[self.full_name(name)] = kept if override is None else override.to("cpu", kept.dtype).contiguous()
         for attention, seen in self._cache_ranges.items():
-            cache = seen.scales(self.recipe.kv_cache or "fp8", self._divided.get(f"{attention}.v_proj"))
+            cache = seen.scales(self.recipe.kv_cache or "fp8", self._folds.divided.get(f"{attention}.v_proj"))
             for local, tensor in cache.tensors().items() if cache is not None else ():
                 out[f"{self.full_name(attention)}.{local}"] = tensor
         for stored in self.model.block_tensor_names(self.index):
             if stored not in handled and stored not in out and owner(stored, self.model.plan) is None:
                 out[stored] = self.checkpoint.read(stored)
         return out
-
-
-def _prune(weight: torch.Tensor, statistics: InputStatistics | None, plan: ModulePlan) -> Pruned | None:
-    """``weight`` with the zeros that ``plan`` asks for; by magnitude where there are no statistics."""
-    if plan.sparsity is None:
-        return None
-    pruner = (plan.pruner or DEFAULT_PRUNER) if statistics is not None else "magnitude"
-    return PRUNERS[pruner](weight, statistics, parse_sparsity(plan.sparsity))
-
-
-def _has_whole_scale(spec: WeightSpec) -> bool:
-    """Whether one scale spans the matrix, so that engines that merge matrices need the same one in all of them."""
-    return isinstance(spec, FloatSpec) and (spec.group_size == PER_TENSOR or spec.scale == "e4m3")
-
-
-def _has_row_scales(q: QuantizedTensor | FloatTensor) -> bool:
-    """Whether each row has float scales of its own."""
-    if isinstance(q, QuantizedTensor):
-        return q.spec.group_size != PER_TENSOR
-    return q.spec.scale == "float" and q.spec.rows == 1 and q.spec.group_size != PER_TENSOR
-
-
-def _divided(q: _Q, scales: torch.Tensor) -> _Q:
-    """``q`` with its rows divided by ``scales`` ``[out]``, which rounds its scales again."""
-    return replace(q, scales=(q.scales.float() / scales[:, None].to(q.scales.device)).to(q.scales.dtype))
-
-
-def _rows(tensor: WeightTensor, rows: slice) -> WeightTensor:
-    """Some rows of a matrix of floats that share its whole scale."""
-    assert isinstance(tensor, FloatTensor)
-    scales = tensor.scales if tensor.spec.group_size == PER_TENSOR else tensor.scales[rows]
-    return replace(tensor, codes=tensor.codes[rows], scales=scales)

@@ -38,10 +38,13 @@ class Contender:
         return f"{stem}.gguf" if self.is_gguf else stem
 
 
-def contenders(methods: Sequence[str], bits: Sequence[int], *, group_size: int, symmetric: bool) -> list[Contender]:
+def contenders(
+    methods: Sequence[str], bits: Sequence[int], *, group_size: int, symmetric: bool, budget: str | None = None
+) -> list[Contender]:
     """The contenders that ``methods`` name, each method at all of ``bits``, schemes and GGUF types once.
 
-    A method may be led by a transform: ``awq+gptq``. Raises :class:`UsageError` for an unknown name.
+    A method may be led by a transform: ``awq+gptq``. ``budget`` is that of methods with candidates. Raises
+    :class:`UsageError` for an unknown name.
     """
     found: dict[str, Contender] = {}
     for given in methods:
@@ -50,7 +53,7 @@ def contenders(methods: Sequence[str], bits: Sequence[int], *, group_size: int, 
         if preset in PRESETS:
             made = [_of_scheme(preset, PRESETS[preset])]
         elif name.split("+")[-1] in METHODS:
-            made = [_of_method(name, width, group_size, symmetric) for width in bits]
+            made = [_of_method(name, width, group_size, symmetric, budget) for width in bits]
         elif is_mix(name):
             mix = find_mix(name).name
             made = [Contender(mix, "gguf", {"scheme": mix, "format": "gguf", "imatrix": "auto"})]
@@ -83,13 +86,15 @@ def _of_scheme(name: str, scheme: Scheme) -> Contender:
     return Contender(name, name.lower(), {"scheme": name, "method": method, "format": format})
 
 
-def _of_method(name: str, width: int, group_size: int, symmetric: bool) -> Contender:
+def _of_method(name: str, width: int, group_size: int, symmetric: bool, budget: str | None) -> Contender:
     transform, _, method = name.rpartition("+")
     grain = "channel" if group_size == -1 else f"g{group_size}"
     settings: dict[str, Any] = {"method": method, "format": "compressed-tensors"}
     settings["scheme"] = f"int{width}-{grain}-{'sym' if symmetric else 'asym'}"
     if transform:
         settings["transform"] = transform
+    if budget is not None and METHODS[method].scope == "candidates":
+        settings["budget"] = budget
     if method == "hqq":
         settings |= {"scheme": f"int{width}-g{_HQQ_GROUP}-affine", "format": "hqq"}
     return Contender(f"{name.upper()} {width} bit", name, settings)

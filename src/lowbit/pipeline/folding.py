@@ -6,10 +6,112 @@ the same. The scales are snapped so that the producer's values, rounded to their
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
 import torch
 from torch import nn
 
+from lowbit.formats import PER_TENSOR, FloatTensor, QuantizedTensor, WeightTensor
 from lowbit.pipeline.architectures import Family
+from lowbit.quant import InputStatistics
+
+_Q = TypeVar("_Q", bound=QuantizedTensor | FloatTensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A scaling of an input that ``target`` can take up: ``scales`` float32 ``[in]``, those in effect.
+
+    ``norm`` are the parameters of a norm as they become.
+    """
+
+    target: str
+    scales: torch.Tensor
+    norm: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Folds:
+    """The scalings of a block's inputs.
+
+    ``stored`` reads a parameter of the block in the precision that it is kept in, ``solved`` has the linears that are
+    quantized already, which follow. ``overrides`` are parameters as they become, ``divided`` the scales by which the
+    rows of a linear were divided.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        family: Family,
+        stored: Callable[[str], torch.Tensor],
+        solved: MutableMapping[str, WeightTensor],
+    ) -> None:
+        self._block, self._family, self._stored, self._solved = block, family, stored, solved
+        self.overrides: dict[str, torch.Tensor] = {}
+        self.divided: dict[str, torch.Tensor] = {}
+
+    def target(self, linear: str) -> str | None:
+        """The module that can take up a scaling of the input of ``linear``, or None."""
+        target = fold_target(self._block, self._family, linear)
+        if target is None:
+            return None
+        q = self._solved.get(target)
+        # rows of a solved producer that have no scales of their own cannot be divided any more
+        divisible = q is None or (isinstance(q, QuantizedTensor | FloatTensor) and _has_row_scales(q))
+        return target if divisible else None
+
+    def prepare(self, target: str, scales: torch.Tensor) -> Fold:
+        """What dividing ``target`` by ``scales`` comes to; nothing changes yet."""
+        module = self._block.get_submodule(target)
+        if isinstance(module, nn.Linear):
+            return Fold(target, scales)
+        stored = self._stored(f"{target}.weight")
+        bias = self._stored(f"{target}.bias") if getattr(module, "bias", None) is not None else None
+        weight, bias, effective = fold_into_norm(stored, bias, scales, unit_offset=has_unit_offset(module))
+        norm = {f"{target}.weight": weight} | ({} if bias is None else {f"{target}.bias": bias})
+        return Fold(target, effective, norm)
+
+    def apply(self, fold: Fold) -> None:
+        """Divide the target."""
+        self.overrides |= fold.norm
+        if fold.norm:
+            return
+        target, module = fold.target, self._block.get_submodule(fold.target)
+        self.divided[target] = fold.scales
+        q = self._solved.get(target)
+        if isinstance(q, QuantizedTensor | FloatTensor):
+            self._solved[target] = divided(q, fold.scales)
+        else:
+            self.overrides[f"{target}.weight"] = module.weight / fold.scales[:, None]
+        if module.bias is not None:
+            self.overrides[f"{target}.bias"] = module.bias / fold.scales
+
+
+@contextmanager
+def folded(statistics: InputStatistics | None, fold: Fold | None) -> Iterator[None]:
+    """While it lasts, ``statistics`` are those of the input as ``fold`` leaves it."""
+    if statistics is None or fold is None:
+        yield
+        return
+    statistics.divide_(fold.scales)
+    try:
+        yield
+    finally:
+        statistics.divide_(fold.scales.reciprocal())
+
+
+def divided(q: _Q, scales: torch.Tensor) -> _Q:
+    """``q`` with its rows divided by ``scales`` ``[out]``, which rounds its scales again."""
+    return replace(q, scales=(q.scales.float() / scales[:, None].to(q.scales.device)).to(q.scales.dtype))
+
+
+def _has_row_scales(q: QuantizedTensor | FloatTensor) -> bool:
+    """Whether each row has float scales of its own."""
+    if isinstance(q, QuantizedTensor):
+        return q.spec.group_size != PER_TENSOR
+    return q.spec.scale == "float" and q.spec.rows == 1 and q.spec.group_size != PER_TENSOR
 
 
 def fold_target(block: nn.Module, family: Family, linear: str) -> str | None:

@@ -32,6 +32,7 @@ from lowbit.pipeline.sampling import sample_from
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
 from lowbit.planning import probe
 from lowbit.quant import METHODS
+from lowbit.quant.best import parse_budget
 from lowbit.quant.sparse import PRUNERS, parse_sparsity
 from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
 
@@ -60,6 +61,7 @@ class Settings:
     pruner: str | None = None
     all_experts: bool | None = None
     kv_cache: str | None = None
+    budget: str | None = None
     calibration: str | Path | None = None
     samples: int = 128
     seq_len: int = 2048
@@ -90,7 +92,7 @@ class Settings:
             recipe = Recipe.from_yaml(self.recipe) if isinstance(self.recipe, str | Path) else Recipe()
         names = (
             *("scheme", "method", "format", "bits", "group_size", "symmetric", "ordering", "transform", "kv_cache"),
-            *("rotate", "sparsity", "pruner", "all_experts"),
+            *("rotate", "sparsity", "pruner", "all_experts", "budget"),
         )
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.recipe is None and self.scheme is not None:
@@ -238,6 +240,7 @@ def plan_job(source: str | Path, out: Path, values: Mapping[str, Any]) -> Iterat
         _check_cache(recipe, codec, model)
         recipe_plan = resolve(recipe, shapes, fused_groups(list(shapes)), methods=METHODS)
         _refuse_unsolvable(codec, recipe_plan)
+        _check_budget(recipe, recipe_plan)
         scale_dtype = codec.scale_dtype(stored)
         plan = {
             name: None if entry is None else dataclasses.replace(entry, spec=entry.spec.with_scale_dtype(scale_dtype))
@@ -271,6 +274,15 @@ def _check_cache(recipe: Recipe, codec: Codec, model: StreamedModel) -> None:
         raise UnsupportedError(
             "--kv-cache: the cache of latent attention (MLA) holds no keys and values", ["leave it out"]
         )
+
+
+def _check_budget(recipe: Recipe, plan: Mapping[str, ModulePlan | None]) -> None:
+    """Raise for a budget that is no time, or that no module's method has a use for."""
+    if recipe.budget is None:
+        return
+    parse_budget(recipe.budget)
+    if not any(entry is not None and METHODS[entry.method].scope == "candidates" for entry in plan.values()):
+        raise UsageError("--budget: only method best has candidates to choose from: add --method best, or leave it out")
 
 
 def _refuse_unsolvable(codec: Codec, plan: Mapping[str, ModulePlan | None]) -> None:

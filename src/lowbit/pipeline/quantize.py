@@ -20,6 +20,8 @@ from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.stages import Stage
 from lowbit.pipeline.store import ActivationStore
 from lowbit.planning import peak_memory
+from lowbit.quant import METHODS, Pace
+from lowbit.quant.best import DEFAULT_BUDGET, parse_budget
 
 TOKENS_PER_FORWARD = 2048
 """Tokens that go through a block at a time: enough for matrix products at full rate."""
@@ -116,6 +118,7 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress) -> list[Modul
         partial.commit_part(0, job.shell_tensors(), {"modules": []})
         done = 1
     stages: dict[tuple[str, ...], list[Stage]] = {}
+    pace = _pace(job, partial)
     for index in range(count):
         name = job.model.stored_name(job.model.block_names[index])
         if index + 1 < done:
@@ -123,8 +126,12 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress) -> list[Modul
             continue
         began = time.perf_counter()
         job.prefetch(index + 1)
-        block = _quantize_block(job, index, stores, stages, progress)
-        partial.commit_part(index + 1, block.tensors(), {"modules": [r.to_json() for r in block.reports]})
+        spent = pace.spent
+        block = _quantize_block(job, index, stores, stages, progress, pace)
+        record: dict[str, Any] = {"modules": [report.to_json() for report in block.reports]}
+        if pace.spent > spent:
+            record["seconds"] = pace.spent - spent
+        partial.commit_part(index + 1, block.tensors(), record)
         reports += block.reports
         progress.advance(name, **_fields(job, block.reports, time.perf_counter() - began))
         del block  # so that two blocks are never in memory at once
@@ -133,6 +140,19 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress) -> list[Modul
         for store in (*stores.states, *stores.beside):
             store.close()
     return reports
+
+
+def _pace(job: Job, partial: PartialCheckpoint) -> Pace:
+    """The time that methods with candidates have left, after what the journal says was spent."""
+    sizes = {
+        name: shape[0] * shape[1]
+        for name, shape in job.model.linear_shapes().items()
+        if (entry := job.plan[name]) is not None and METHODS[entry.method].scope == "candidates"
+    }
+    solved = {record["name"] for entry in partial.journal for record in entry.get("modules", [])}
+    spent = sum(float(entry.get("seconds", 0.0)) for entry in partial.journal)
+    seconds = parse_budget(job.recipe.budget or str(job.recipe.options.get("budget", DEFAULT_BUDGET)))
+    return Pace(seconds, sum(sizes.values()), spent, sum(size for name, size in sizes.items() if name in solved))
 
 
 def _reports(out: Path) -> list[ModuleReport]:
@@ -187,9 +207,10 @@ def _quantize_block(
     stores: _Stores | None,
     stages: dict[tuple[str, ...], list[Stage]],
     progress: Progress,
+    pace: Pace,
 ) -> BlockQuantizer:
     tokens = 0 if job.calibration is None else job.calibration.ids.numel()
-    block = BlockQuantizer(job.model, index, job.block_plan(index), job.recipe, job.codec, tokens, progress)
+    block = BlockQuantizer(job.model, index, job.block_plan(index), job.recipe, job.codec, tokens, progress, pace)
     if stores is None:
         block.solve_without_statistics()
         return block
@@ -241,6 +262,8 @@ def _notes(reports: Sequence[ModuleReport]) -> list[str]:
     if raised := [r for r in reports if r.damping is not None and r.damping > 0.0101]:
         most = max(report.damping or 0 for report in raised)
         notes.append(f"{len(raised)} modules needed more damping than asked for (most: {most:.3f})")
+    if late := sum(bool(report.left_out) for report in reports):
+        notes.append(f"{late} modules were solved with fewer candidates: time ran out (--budget)")
     if dropped := sum(report.dropped for report in reports):
         notes.append(f"{dropped} calibration rows were not finite and were left out")
     return notes

@@ -66,8 +66,8 @@ class Recipe:
     ``transform`` rewrites weights before they are solved (None: the method's own, if it has one), ``rotate`` the whole
     model before that (:mod:`lowbit.pipeline.rotate`). ``sparsity`` is the pattern of zeros (``2:4``, ``50%``) that
     ``pruner`` makes; ``all_experts`` calibrates each expert on all tokens; ``kv_cache`` (``fp8``, ``fp8-head``) asks
-    for calibrated scales of the key-value cache. ``options`` are those of the method (:func:`method_options`). Of
-    ``rules`` the first that matches a module wins.
+    for calibrated scales of the key-value cache; ``budget`` (``30m``) is the time of methods with candidates.
+    ``options`` are those of the method (:func:`method_options`). Of ``rules`` the first that matches a module wins.
     """
 
     scheme: str = "W4A16"
@@ -83,6 +83,7 @@ class Recipe:
     pruner: str | None = None
     all_experts: bool = False
     kv_cache: str | None = None
+    budget: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
@@ -122,7 +123,7 @@ class Recipe:
         """A recipe from plain values; ``where`` leads the messages of errors.
 
         Keys: scheme, method, format, bits, group_size, sym, ordering (or desc_act), transform, rotate, sparsity,
-        pruner, all_experts, kv_cache, options, skip, rules, dynamic.
+        pruner, all_experts, kv_cache, budget, options, skip, rules, dynamic.
         """
         values = _table(content, _RECIPE_KEYS, where)
         rules = [Rule(_string(pattern, f"{where}: skip"), skip=True) for pattern in _list(values, "skip", where)]
@@ -186,6 +187,14 @@ class ModulePlan:
         smooth = self.inputs is not None and self.inputs.element == "int8" and self.spec.bits == 8
         default = "smoothquant" if smooth and method.needs_statistics else NO_TRANSFORM
         return method.transform or default
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """The transforms to try before the method, of which the one that serves its candidates best is taken."""
+        method, first = METHODS.get(self.method), self.applied_transform
+        if method is None or method.scope != "candidates" or self.transform is not None or first != NO_TRANSFORM:
+            return (first,)
+        return (NO_TRANSFORM, "awq")
 
     @property
     def needs_statistics(self) -> bool:
@@ -363,7 +372,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 _OVERRIDE_KEYS = ("scheme", "bits", "group_size", "sym", "symmetric", "method", "ordering", "desc_act")
-_NAMED = ("format", "transform", "rotate", "sparsity", "pruner", "kv_cache")
+_NAMED = ("format", "transform", "rotate", "sparsity", "pruner", "kv_cache", "budget")
 _RECIPE_KEYS = (*_OVERRIDE_KEYS, *_NAMED, "all_experts", "options", "skip", "rules", "dynamic")
 _RULE_KEYS = (*_OVERRIDE_KEYS, "transform", "pattern", "skip")
 

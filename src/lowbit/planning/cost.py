@@ -123,6 +123,10 @@ METHOD_COSTS: dict[str, MethodCost] = {
         tunes=True,
     ),
     # 20 candidates of the scaling, each judged by tr(D G Dᵀ), and a clip search within groups.
+    # All of the others but learned rounding, before and after AWQ's scaling.
+    "best": MethodCost(
+        lambda out, into: 65.0 * out * into * into, 850.0, factorises=True, needs_reference=True, compiles=True
+    ),
     "awq": MethodCost(lambda out, into: 42.0 * out * into * into, 60.0),
 }
 """Cost by method; one that is not listed is taken as the dearest."""

@@ -3,6 +3,7 @@
 from lowbit.quant.allocation import Option, allocate
 from lowbit.quant.autoround import AutoRoundOptions
 from lowbit.quant.awq import AwqOptions, AwqScaling, search_scales
+from lowbit.quant.best import BestOptions, Pace
 from lowbit.quant.error import WeightError, output_error, weight_error
 from lowbit.quant.gptaq import GptaqOptions
 from lowbit.quant.gptq import Factor, GptqOptions, factorise
@@ -19,6 +20,7 @@ __all__ = [
     "AutoRoundOptions",
     "AwqOptions",
     "AwqScaling",
+    "BestOptions",
     "Factor",
     "GptaqOptions",
     "GptqOptions",
@@ -27,6 +29,7 @@ __all__ = [
     "Method",
     "Option",
     "Options",
+    "Pace",
     "PairedStatistics",
     "RtnOptions",
     "Solution",
