@@ -77,6 +77,11 @@ class CacheRange:
         self._key = _maximum(self._key, _largest(key, (0, 2)).amax(1))
         self._value = _maximum(self._value, _largest(value, (0, 2)))
 
+    def join(self, other: CacheRange) -> None:
+        """Count what ``other`` has counted."""
+        if other._key is not None and other._value is not None:
+            self._key, self._value = _maximum(self._key, other._key), _maximum(self._value, other._value)
+
     def scales(self, kind: str, divisor: torch.Tensor | None = None) -> KvScales | None:
         """The scales for a cache ``kind`` of :data:`KV_CACHES`; None before the first batch.
 

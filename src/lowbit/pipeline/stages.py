@@ -94,7 +94,7 @@ def _expert_stages(
     return point
 
 
-def _is_paired(stage: Stage) -> bool:
+def is_paired(stage: Stage) -> bool:
     """Whether the same tokens arrive in every model: everywhere but inside experts."""
     return ":" not in stage.name
 
@@ -121,11 +121,11 @@ class Reference:
 
     block: nn.Module
     forwards: Sequence[Callable[[], torch.Tensor]]
-    on_output: Callable[[int, torch.Tensor], None]
+    on_output: Callable[[int, torch.Tensor], None] = lambda index, output: None
 
 
 class StagedForward:
-    """Runs a block's forward stage by stage over batches.
+    """Runs a block's forward stage by stage over batches, within a ``with`` statement.
 
     ``block``      the materialised block; the caller replaces weights between stages
     ``stages``     from :func:`discover_stages`
@@ -148,8 +148,24 @@ class StagedForward:
         self._keep = keep
         self._reference = reference
         self._beside: torch.Tensor | None = None
-        self._open: set[str] = set()
+        self._open: set[str] = {stage.name for stage in self._stages}
         self._on_input: OnInput = lambda group, x, reference: None
+        self._kept: dict[int, greenlet] = {}
+        self._kept_beside: dict[int, greenlet] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> StagedForward:
+        self._handles = self._install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._block.modules():
+            if isinstance(module, UnfusedExperts):
+                module.stage_point = None
+        self._kept.clear()
+        self._kept_beside.clear()
 
     def run(
         self,
@@ -158,56 +174,52 @@ class StagedForward:
         on_output: Callable[[int, torch.Tensor], None],
     ) -> None:
         """Deliver every input to ``on_input``, call ``on_stage`` when a stage is complete, deliver outputs by batch."""
-        handles = self._install()
-        self._on_input = on_input
-        self._open = {stage.name for stage in self._stages}
-        try:
-            if self._keep:
-                self._run_kept(on_stage, on_output)
-            else:
-                self._run_again(on_stage, on_output)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module in self._block.modules():
-                if isinstance(module, UnfusedExperts):
-                    module.stage_point = None
-
-    def _run_kept(self, on_stage: Callable[[Stage], None], on_output: Callable[[int, torch.Tensor], None]) -> None:
-        running = [greenlet(forward) for forward in self._forwards]
-        beside = [greenlet(forward) for forward in self._reference.forwards] if self._reference is not None else []
-        for stage in [*self._stages, None]:
-            for index, batch in enumerate(running):
-                if self._reference is not None and (stage is None or _is_paired(stage)):
-                    result = beside[index].switch()
-                    if beside[index].dead:
-                        self._reference.on_output(index, result)
-                result = batch.switch()
-                if batch.dead:
-                    on_output(index, result)
-            if stage is not None:
+        with self:
+            for stage in self._stages:
+                self.advance(stage, on_input)
                 on_stage(stage)
-                self._open.discard(stage.name)
+                self.close(stage)
+            for index in range(len(self._forwards)):
+                output, beside = self.output(index)
+                if self._reference is not None and beside is not None:
+                    self._reference.on_output(index, beside)
+                on_output(index, output)
 
-    def _run_again(self, on_stage: Callable[[Stage], None], on_output: Callable[[int, torch.Tensor], None]) -> None:
-        for stage in self._stages:
-            for index, forward in enumerate(self._forwards):
-                if self._reference is not None and _is_paired(stage):
-                    self._until_stop(self._reference.forwards[index])
-                self._until_stop(forward)
-            on_stage(stage)
-            self._open.discard(stage.name)
-        for index, forward in enumerate(self._forwards):
-            if self._reference is not None:
-                self._reference.on_output(index, self._reference.forwards[index]())
-            on_output(index, forward())
+    def advance(self, stage: Stage, on_input: OnInput) -> None:
+        """Run every batch up to ``stage``, the first that is not closed, and deliver its inputs batch by batch."""
+        self._on_input = on_input
+        try:
+            for index in range(len(self._forwards)):
+                if self._reference is not None and is_paired(stage):
+                    self._until_stop(self._kept_beside, index, self._reference.forwards[index])
+                self._until_stop(self._kept, index, self._forwards[index])
+        finally:
+            self._on_input = lambda group, x, reference: None
 
-    @staticmethod
-    def _until_stop(forward: Callable[[], torch.Tensor]) -> None:
+    def close(self, stage: Stage) -> None:
+        """The linears of ``stage`` are solved: nothing stops there any more."""
+        self._open.discard(stage.name)
+
+    def output(self, index: int, *, beside: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The outputs of batch ``index`` and (``beside``) the float block's, once all stages are closed."""
+        other = None
+        if self._reference is not None and beside:
+            other = self._to_the_end(self._kept_beside, index, self._reference.forwards[index])
+        return self._to_the_end(self._kept, index, self._forwards[index]), other
+
+    def _until_stop(self, kept: dict[int, greenlet], index: int, forward: Callable[[], torch.Tensor]) -> None:
+        if self._keep:
+            kept.setdefault(index, greenlet(forward)).switch()
+            return
         try:
             forward()
         except _StoppedError:
             return
+
+    @staticmethod
+    def _to_the_end(kept: dict[int, greenlet], index: int, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        begun = kept.pop(index, None)
+        return forward() if begun is None else begun.switch()  # type: ignore[no-any-return]
 
     def _stop(self) -> None:
         if not self._keep:
@@ -220,7 +232,7 @@ class StagedForward:
         modules = dict(self._block.named_modules())
         others = {} if self._reference is None else dict(self._reference.block.named_modules())
         for stage in self._stages:
-            if not _is_paired(stage):
+            if not is_paired(stage):
                 continue
 
             def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...], stage: Stage = stage) -> None:

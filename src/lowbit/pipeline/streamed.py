@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -373,8 +373,7 @@ class StreamedModel:
         Differentiable: a graph is kept where ``hidden`` asks for gradients, and only there.
         """
         hidden = hidden.to(self.device, self.dtype)
-        output = block(hidden, **self.context(index, hidden.shape[0], hidden.shape[1]))
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+        return apply_block(block, hidden, self.context(index, hidden.shape[0], hidden.shape[1]))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[batch, length, vocabulary]`` of the last block's output, final norm and head applied.
@@ -385,6 +384,12 @@ class StreamedModel:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         with self._running("logits", hidden):
             return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def apply_block(block: nn.Module, hidden: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
+    """The output of ``block``, called with ``hidden`` and the arguments of :meth:`StreamedModel.context`."""
+    output = block(hidden, **context)
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from lowbit.errors import NumericsError
 
-__all__ = ["InputStatistics"]
+__all__ = ["InputStatistics", "InputSums", "add_to_panel", "panel_starts"]
 
 _BLOCK = 512
 _ROWS = 4096
@@ -16,17 +16,14 @@ _CACHED_ROWS = 256
 _SAMPLE = 256
 
 
-class InputStatistics:
-    """Accumulates ``G = sum x xᵀ`` over the rows ``x`` of one input, shared by every linear that reads that input.
+class InputSums:
+    """What is counted of the rows ``x`` of one input beside their Gram matrix, in the order in which they come.
 
     ``tokens``     rows counted
     ``nonfinite``  rows left out because they held NaN or infinity
     ``abs_sum``    float32 ``[in]``, sum of ``|x|``
     ``abs_max``    float32 ``[in]``, largest ``|x|``
     ``sample``     float32 ``[n, in]``, evenly spaced rows: all of the first 128, then between 128 and 256 of them
-
-    Only the blocks on and above the diagonal are computed while rows come in; :attr:`gram` mirrors them in place, so
-    the memory is one float32 ``[in, in]`` matrix at all times. How rows are cut into calls changes only the last bits.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
@@ -37,8 +34,68 @@ class InputStatistics:
         self.abs_max = torch.zeros(in_features, device=device)
         self.sample = torch.zeros(0, in_features, device=device)
         self._stride = 1
+
+    def rows(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The rows of ``x`` ``[..., in]`` of any floating dtype as float32, as many at a time as are counted at once."""
+        for rows in torch.split(x.reshape(-1, self.in_features), _ROWS):
+            yield rows.to(self.abs_sum)
+
+    @torch.no_grad()
+    def count(self, rows: torch.Tensor) -> torch.Tensor:
+        """Count float32 ``rows`` ``[n, in]``; returns the finite ones among them."""
+        totals, largest = _magnitudes(rows)
+        # one bad value anywhere shows in the sums, so that good rows cost no pass of their own
+        if not bool(torch.isfinite(totals).all()):
+            good = torch.isfinite(rows).all(dim=1)
+            self.nonfinite += int((~good).sum())
+            rows = rows[good]
+            totals, largest = _magnitudes(rows)
+        self._take_sample(rows)
+        self.tokens += rows.shape[0]
+        self.abs_sum += totals
+        self.abs_max = torch.maximum(self.abs_max, largest)
+        return rows
+
+    def _take_sample(self, rows: torch.Tensor) -> None:
+        """Keep every ``stride``-th row of all; when there are too many, every other of those."""
+        self.sample = torch.cat([self.sample, rows[-self.tokens % self._stride :: self._stride]])
+        while len(self.sample) > _SAMPLE:
+            self.sample = self.sample[::2].clone()
+            self._stride *= 2
+
+
+def panel_starts(in_features: int) -> range:
+    """First row of each panel of a Gram matrix: 512 rows (the last may have fewer), from the diagonal rightwards."""
+    return range(0, in_features, _BLOCK)
+
+
+@torch.no_grad()
+def add_to_panel(panel: torch.Tensor, start: int, rows: torch.Tensor) -> None:
+    """Add the products of ``rows`` float32 ``[n, in]`` to the panel ``[up to 512, in - start]`` that begins there."""
+    panel.addmm_(rows[:, start : start + len(panel)].T, rows[:, start:])
+
+
+class InputStatistics(InputSums):
+    """Accumulates ``G = sum x xᵀ`` over the rows ``x`` of one input, shared by every linear that reads that input.
+
+    Only the blocks on and above the diagonal are computed while rows come in; :attr:`gram` mirrors them in place, so
+    the memory is one float32 ``[in, in]`` matrix at all times. How rows are cut into calls changes only the last bits.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
         self._gram = torch.zeros(in_features, in_features, device=device)
         self._mirrored = True
+
+    @classmethod
+    def joined(cls, sums: InputSums, panels: Sequence[torch.Tensor]) -> InputStatistics:
+        """The statistics of rows whose :class:`InputSums` and panels (:func:`panel_starts`) were summed apart."""
+        whole = cls(sums.in_features, sums.abs_sum.device)
+        for start, panel in zip(panel_starts(sums.in_features), panels, strict=True):
+            whole._gram[start : start + len(panel), start:] = panel
+        whole._mirrored = sums.in_features <= _BLOCK
+        vars(whole).update(vars(sums))
+        return whole
 
     @property
     def gram(self) -> torch.Tensor:
@@ -68,32 +125,11 @@ class InputStatistics:
     @torch.no_grad()
     def add(self, x: torch.Tensor) -> None:
         """Count the rows of ``x`` ``[..., in]`` of any floating dtype."""
-        for rows in torch.split(x.reshape(-1, self.in_features), _ROWS):
-            self._add_rows(rows.to(self._gram))
-
-    def _add_rows(self, rows: torch.Tensor) -> None:
-        totals, largest = _magnitudes(rows)
-        # one bad value anywhere shows in the sums, so that good rows cost no pass of their own
-        if not bool(torch.isfinite(totals).all()):
-            good = torch.isfinite(rows).all(dim=1)
-            self.nonfinite += int((~good).sum())
-            rows = rows[good]
-            totals, largest = _magnitudes(rows)
-        self._take_sample(rows)
-        self.tokens += rows.shape[0]
-        self.abs_sum += totals
-        self.abs_max = torch.maximum(self.abs_max, largest)
-        for start in range(0, self.in_features, _BLOCK):
-            end = min(start + _BLOCK, self.in_features)
-            self._gram[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
-        self._mirrored = self.in_features <= _BLOCK
-
-    def _take_sample(self, rows: torch.Tensor) -> None:
-        """Keep every ``stride``-th row of all; when there are too many, every other of those."""
-        self.sample = torch.cat([self.sample, rows[-self.tokens % self._stride :: self._stride]])
-        while len(self.sample) > _SAMPLE:
-            self.sample = self.sample[::2].clone()
-            self._stride *= 2
+        for rows in self.rows(x):
+            finite = self.count(rows)
+            for start in panel_starts(self.in_features):
+                add_to_panel(self._gram[start : start + _BLOCK, start:], start, finite)
+            self._mirrored = self.in_features <= _BLOCK
 
     def divide_(self, scales: torch.Tensor) -> InputStatistics:
         """Become the statistics of ``x / scales`` (``scales`` float32 ``[in]``), in place; returns itself."""
