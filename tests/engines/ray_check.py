@@ -24,7 +24,8 @@ from ray.cluster_utils import Cluster
 from lowbit.gateway.config import parse_config
 from lowbit.gateway.launch import plan_tiers
 from lowbit.gateway.prepare import prepare
-from lowbit.ops.ray_serve.application import APPLICATION, connect, run_application
+from lowbit.ops.ray_cluster import connect
+from lowbit.ops.ray_serve.application import APPLICATION, run_application
 
 TIER = {"name": "q8", "path": "demo", "engine": "llama.cpp", "context": 512, "concurrency": 8, "flags": {"threads": 1}}
 CLIENTS = 12

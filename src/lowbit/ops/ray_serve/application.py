@@ -8,16 +8,16 @@ from typing import Any
 
 from aiohttp import web
 
-from lowbit.errors import UnsupportedError, UsageError
 from lowbit.gateway.config import ServeConfig
 from lowbit.gateway.launch import TierFacts, TierPlan
+from lowbit.ops.ray_cluster import NAMESPACE
 from lowbit.ops.ray_serve.bridge import Ask, Bridge, ReplicaLostError
 from lowbit.ops.ray_serve.layout import Deployed, bridged_config, deployments, options_of
 from lowbit.ops.ray_serve.replica import EngineAwayError, EngineReplica, Head
 
-__all__ = ["APPLICATION", "GatewayReplica", "connect", "run_application"]
+__all__ = ["APPLICATION", "GatewayReplica", "run_application"]
 
-APPLICATION = "lowbit"
+APPLICATION = NAMESPACE
 """Name of the application in Ray Serve."""
 
 _GATEWAY = "gateway"
@@ -101,27 +101,6 @@ def _asking(handle: Any) -> Ask:
             answer.cancel()  # the client may have left in mid-answer
 
     return ask
-
-
-def connect(address: str) -> None:
-    """Join the cluster at ``address`` (``auto``, ``host:6379`` or ``ray://…``; ``local`` starts one here).
-
-    Raises :class:`UnsupportedError` without Ray, :class:`UsageError` where no cluster answers.
-    """
-    try:
-        import ray
-        from ray import serve as _  # noqa: F401  (the extra [serve])
-    except ImportError as error:
-        raise UnsupportedError("--ray needs Ray Serve", ["pip install 'lowbit[ray]'"]) from error
-    try:
-        ray.init(
-            None if address == "local" else address, namespace=APPLICATION, log_to_driver=False, configure_logging=False
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--ray {address}: no cluster answers there ({reason}): ray start --head begins one"
-        ) from error
 
 
 def run_application(
