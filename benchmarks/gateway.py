@@ -1,6 +1,7 @@
 """What the gateway costs: against the engine asked directly, and against a bare pass-through in the same framework.
 
     python benchmarks/gateway.py [--url http://127.0.0.1:PORT --model NAME] [--streams 32] [--seconds 5]
+    python benchmarks/gateway.py --gguf MODEL.gguf --threads 1        # llama.cpp, run as the gateway runs it
 
 Without ``--url`` three processes run: a fake engine that streams instantly, a bare pass-through (aiohttp, no checks,
 no metrics, nothing), and the gateway with validation, admission, policy, metrics and logs. Each is asked the same way
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,9 @@ from urllib.request import urlopen
 import psutil
 from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 
+from lowbit.engines.process import EngineSpec
+from lowbit.gateway.launch import thread_variables
+
 ROOT = Path(__file__).parents[1]
 FAKE = ROOT / "tests" / "gateway" / "fake_engine.py"
 
@@ -41,6 +46,8 @@ class Figures:
     chunks: int = 0
     seconds: float = 0.0
     cpu: float = 0.0
+    turns: list[float] = field(default_factory=list)
+    """Chunks per second of each turn."""
 
     @property
     def rate(self) -> float:
@@ -123,14 +130,16 @@ async def one(session: ClientSession, url: str, body: bytes, figures: Figures) -
 
 async def load(session: ClientSession, url: str, body: bytes, figures: Figures, streams: int, seconds: float) -> None:
     """Keep ``streams`` requests under way for a while."""
-    started = time.perf_counter()
+    started, before = time.perf_counter(), figures.chunks
 
     async def client() -> None:
         while time.perf_counter() - started < seconds:
             await one(session, url, body, figures)
 
     await asyncio.gather(*(client() for _ in range(streams)))
-    figures.seconds += time.perf_counter() - started
+    took = time.perf_counter() - started
+    figures.seconds += took
+    figures.turns.append((figures.chunks - before) / took)
 
 
 def cpu_seconds(pid: int | None) -> float:
@@ -154,7 +163,7 @@ async def measure(
     found = {name: Figures() for name in urls}
     async with ClientSession(connector=connector(reuse), timeout=ClientTimeout(total=None)) as session:
         for turn in range(-1, turns):
-            for name, url in urls.items():
+            for name, url in list(urls.items())[:: 1 if turn % 2 else -1]:
                 figures = Figures() if turn < 0 else found[name]
                 before = cpu_seconds(pids[name])
                 await load(session, url, body, figures, streams, 0.5 if turn < 0 else seconds / turns)
@@ -172,6 +181,33 @@ def start(stack: ExitStack, *arguments: str) -> tuple[str, int]:
         if line.startswith("ready"):
             return f"http://127.0.0.1:{line.split()[1]}", process.pid
     raise SystemExit(f"{arguments} did not start")
+
+
+def start_llama(stack: ExitStack, model: str, threads: int, streams: int, tokens: int) -> tuple[str, int]:
+    """llama.cpp's server with a place for every stream, its process as nice as a supervised one; its url and id."""
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lowbit.engines.llama_server", "--model", model, "--port", str(port)]
+    command += ["--threads", str(threads), "--parallel", str(streams), "--context", str(tokens + 128)]
+    environment = {**os.environ, **thread_variables(Path(model).stat().st_size)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    os.setpriority(os.PRIO_PROCESS, process.pid, EngineSpec("llama.cpp", ()).nice)
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(1200):
+        try:
+            with urlopen(f"{url}/health"):
+                return url, process.pid
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit("llama.cpp did not start")
+
+
+def paired(ours: Figures, theirs: Figures) -> float:
+    """The median over turns of one server's chunks per second against the other's next to it."""
+    return statistics.median(a / b for a, b in zip(ours.turns, theirs.turns, strict=True))
 
 
 def show(found: dict[str, Figures], title: str) -> dict[str, Any]:
@@ -196,6 +232,8 @@ def show(found: dict[str, Figures], title: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url")
+    parser.add_argument("--gguf", metavar="FILE", help="start llama.cpp over this file")
+    parser.add_argument("--threads", type=int, default=1, help="of llama.cpp")
     parser.add_argument("--engine", default="openai")
     parser.add_argument("--model", default="fake")
     parser.add_argument("--streams", type=int, default=32)
@@ -222,6 +260,8 @@ def per_cpu(figures: Figures) -> float:
 
 def compare(arguments: argparse.Namespace) -> None:
     """The measurement."""
+    if arguments.gguf:
+        arguments.engine, arguments.close = "llama.cpp", True
     body = json.dumps(
         {
             "model": arguments.model,
@@ -233,7 +273,12 @@ def compare(arguments: argparse.Namespace) -> None:
     ).encode()
     with ExitStack() as stack:
         pace = ["--tokens", str(arguments.tokens), "--token-time", str(arguments.token_time)]
-        engine, pid = (arguments.url, None) if arguments.url else start(stack, str(FAKE), *pace)
+        pid: int | None = None
+        engine = arguments.url
+        if arguments.gguf:
+            engine, pid = start_llama(stack, arguments.gguf, arguments.threads, arguments.streams, arguments.tokens)
+        elif not engine:
+            engine, pid = start(stack, str(FAKE), *pace)
         reuse = not arguments.close
         role = [__file__, "--url", engine, *([] if reuse else ["--close"]), "--role"]
         servers = {"engine": (engine, pid)}
@@ -252,9 +297,10 @@ def compare(arguments: argparse.Namespace) -> None:
     added = statistics.median(single["gateway"].first) - statistics.median(single["engine"].first)
     summary = {
         "added to the first token, ms": added * 1e3,
-        "throughput against the engine": many["gateway"].chunk_rate / many["engine"].chunk_rate,
+        "throughput against the engine": paired(many["gateway"], many["engine"]),
+        "  of the pass-through": paired(many["pass-through"], many["engine"]),
         "requests against the pass-through": many["gateway"].rate / many["pass-through"].rate,
-        "chunks against the pass-through": many["gateway"].chunk_rate / many["pass-through"].chunk_rate,
+        "chunks against the pass-through": paired(many["gateway"], many["pass-through"]),
         "per CPU second, against the same": per_cpu(many["gateway"]) / per_cpu(many["pass-through"]),
     }
     print()

@@ -11,7 +11,14 @@ from lowbit.engines.memory import available_bytes, oom_kills, total_bytes
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.gateway.config import config_for_model, kind_of, load_config, parse_config
 from lowbit.gateway.known_facts import known_facts, remember_facts
-from lowbit.gateway.launch import TierFacts, engine_threads, plan_tiers, printable, serving_policy
+from lowbit.gateway.launch import (
+    TierFacts,
+    engine_threads,
+    plan_tiers,
+    printable,
+    serving_policy,
+    thread_variables,
+)
 
 GIB = 1024**3
 TIER = {"name": "int4", "path": "m.gguf"}
@@ -165,6 +172,14 @@ def test_refusals_of_plans(monkeypatch: pytest.MonkeyPatch) -> None:
         plan_tiers(parse_config(models({**remote, "api_key": "k"})), facts)
 
 
+@pytest.mark.parametrize(("batch", "concurrency", "least"), [(1, 1, 2), (1, 4, 4), (3, 4, 4)])
+def test_batches_that_llama_cpp_aborts_at(batch: int, concurrency: int, least: int) -> None:
+    tier = {**TIER, "concurrency": concurrency, "flags": {"batch": batch}}
+    with pytest.raises(UsageError, match=rf"flags.batch is {batch}, and llama.cpp aborts below {least}"):
+        parse_config(models(tier))
+    assert parse_config(models({**tier, "flags": {"batch": least}}))
+
+
 def test_facts_are_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
     model = tmp_path / "m.gguf"
@@ -202,3 +217,15 @@ def test_oom_kills_of_the_container_or_the_machine(tmp_path: Path) -> None:
     group.mkdir(parents=True)
     (group / "memory.events").write_text("low 0\noom 2\noom_kill 1\n")
     assert oom_kills(tmp_path) == 1
+
+
+def test_threads_of_a_large_model_look_longer_before_they_sleep(tmp_path: Path) -> None:
+    small, large = thread_variables(40 << 20), thread_variables(600 << 20)
+    assert small["OMP_WAIT_POLICY"] == large["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert 0 < int(small["GOMP_SPINCOUNT"]) < int(large["GOMP_SPINCOUNT"]) <= 1000
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"GGUF")
+    plan = plan_tiers(parse_config(models(TIER)), {"a@int4": TierFacts("llama.cpp", str(model))})["a@int4"]
+    assert plan.spec is not None
+    assert plan.spec.env["GOMP_SPINCOUNT"] == small["GOMP_SPINCOUNT"]
+    assert "--threads 1 " in f"{printable(plan)} ", "a model of a few bytes has one thread"

@@ -202,6 +202,16 @@ class TierConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _batch_holds_all(self) -> TierConfig:
+        least = max(2, self.concurrency)
+        if self.flags.batch is not None and self.flags.batch < least:
+            raise ValueError(
+                f"flags.batch is {self.flags.batch}, and llama.cpp aborts below {least}: a batch has at least 2 tokens "
+                f"and one of each of the {self.concurrency} requests at a time (concurrency)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gpus_once(self) -> TierConfig:
         if self.gpu_memory is not None and self.flags.gpu_memory is not None:
             raise ValueError("gpu_memory is given twice: as bytes, and in flags as a share")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -23,7 +24,24 @@ from lowbit.gateway.placement import Device, Wanted, place, split_over, variable
 from lowbit.gateway.policy import ModelPolicy, Policy, TierPolicy
 from lowbit.gateway.room import added, beyond, pool_name
 
-__all__ = ["TierFacts", "TierPlan", "engine_threads", "idle_cores", "plan_tiers", "printable", "serving_policy"]
+__all__ = [
+    "TierFacts",
+    "TierPlan",
+    "engine_threads",
+    "idle_cores",
+    "plan_tiers",
+    "printable",
+    "serving_policy",
+    "thread_variables",
+    "weight_bytes",
+]
+
+_SLEEP: Mapping[str, str] = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Variables for engines whose threads meet at barriers: they sleep there rather than spin."""
+_SPINS, _SPINS_LARGE, _LARGE = 300, 1000, 512 * 1024**2
+"""How often llama.cpp's threads look again before they sleep, for models below and from so many bytes. A thread that
+sleeps at once is woken too late; one that spins for long takes the processor from a busy neighbour, the more often the
+smaller the model is (docs/serving.md has what was measured)."""
 
 _RESERVED_ABOVE = 4
 """With more cores than this, one is left to the gateway."""
@@ -274,7 +292,7 @@ def _spec(
     profile = ENGINES[facts.engine]
     given = tier.flags.model_dump(exclude={"extra"})
     if given["threads"] is None and facts.engine == "llama.cpp":
-        given["threads"] = 1 if _is_small(facts) else threads
+        given["threads"] = 1 if 0 < weight_bytes(Path(str(facts.path))) < _SMALL else threads
     if gpu.told is not None:
         given["gpu_memory"] = gpu.told
     flags = EngineFlags(
@@ -291,7 +309,7 @@ def _spec(
     headers = {}
     if facts.engine == "llama.cpp":
         key = secrets.token_hex(16)
-        environment |= {KEY_VARIABLE: key, "OMP_WAIT_POLICY": "PASSIVE"}
+        environment |= {KEY_VARIABLE: key, **thread_variables(weight_bytes(Path(str(facts.path))))}
         headers = {"Authorization": f"Bearer {key}"}
     return EngineSpec(
         tier_id,
@@ -307,10 +325,18 @@ def _spec(
     )
 
 
-def _is_small(facts: TierFacts) -> bool:
-    """Whether threads would spend more time meeting each other than computing."""
-    path = Path(str(facts.path))
-    return path.is_file() and path.stat().st_size < _SMALL
+def thread_variables(size: int) -> dict[str, str]:
+    """The environment of llama.cpp over a model of ``size`` bytes: how its threads wait for each other."""
+    return {**_SLEEP, "GOMP_SPINCOUNT": str(_SPINS_LARGE if size >= _LARGE else _SPINS)}
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of a GGUF file (all its parts), or of a directory's safetensors."""
+    if path.is_file():
+        stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+        parts = [each for each in path.parent.glob("*.gguf") if re.sub(r"-\d{5}-of-\d{5}$", "", each.stem) == stem]
+        return sum(each.stat().st_size for each in parts)
+    return sum(each.stat().st_size for each in path.rglob("*.safetensors"))
 
 
 def _extra(engine: str, model: ModelConfig, tier: TierConfig) -> tuple[str, ...]:
@@ -349,7 +375,7 @@ def _encoder_spec(
     return EngineSpec(
         tier_id,
         command,
-        env={KEY_VARIABLE: key, "OMP_WAIT_POLICY": "PASSIVE", **gpu.environment, **tier.env},
+        env={KEY_VARIABLE: key, **_SLEEP, **gpu.environment, **tier.env},
         headers={"Authorization": f"Bearer {key}"},
         warmup=_warmup(model, upstream),
         probe="/v1/models",

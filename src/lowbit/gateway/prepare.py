@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
 from lowbit.gateway.known_facts import cache_directory, known_facts, remember_facts
-from lowbit.gateway.launch import TierFacts
+from lowbit.gateway.launch import TierFacts, weight_bytes
 from lowbit.gateway.placement import Device, split_over
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _facts(model: ModelConfig, tier: TierConfig, say: Callable[[str], None], dev
     engine = _engine(model, tier, path)
     if engine == "encoder":
         return TierFacts(
-            engine, str(path), 2 * _weight_bytes(path) + _ENCODER_PROCESS, 8.0 if tier.quantize == "int8" else 32.0
+            engine, str(path), 2 * weight_bytes(path) + _ENCODER_PROCESS, 8.0 if tier.quantize == "int8" else 32.0
         )
     source = path
     if engine == "llama.cpp" and (path.suffix != ".gguf" or tier.quantize):
@@ -208,7 +208,7 @@ def _describe(engine: str, tier: TierConfig, source: Path, path: Path, devices: 
     context = tier.context or (min(first.max_context or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT))
     if first.context != context:
         first = estimate(str(path), context=context, **asked)
-    size = _weight_bytes(path)
+    size = weight_bytes(path)
     precision = min(first.precisions, key=lambda each: abs(each.file_bytes - size))  # the one it is stored in
     host, on_gpu, count = _divided(engine, tier, precision, _blocks(path), devices)
     return TierFacts(
@@ -283,15 +283,6 @@ def _divided(
     room = sorted((device.budget for device in devices), reverse=True)
     count = next((n for n in range(1, len(room) + 1) if -(-there // n) <= room[n - 1]), len(room))
     return host, -(-there // count), count
-
-
-def _weight_bytes(path: Path) -> int:
-    """Bytes of a GGUF file (all its parts), or of a directory's safetensors."""
-    if path.is_file():
-        stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
-        parts = [each for each in path.parent.glob("*.gguf") if re.sub(r"-\d{5}-of-\d{5}$", "", each.stem) == stem]
-        return sum(each.stat().st_size for each in parts)
-    return sum(each.stat().st_size for each in path.rglob("*.safetensors"))
 
 
 def _certified(path: Path) -> float | None:
