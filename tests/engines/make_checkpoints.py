@@ -5,7 +5,8 @@
 Each case becomes `OUT/<name>/` with `OUT/<name>.expected.json` beside it (see `expectations.py`). The answers are
 those of plain transformers in float32 over the checkpoint converted to `dense`, so they owe nothing to lowbit's
 streaming evaluation, which is compared with them here. Where inputs are quantized too, no dense model stands for the
-checkpoint: the answers are then those of lowbit's own simulation.
+checkpoint: the answers are then those of lowbit's own simulation, and the dense weights are kept as `OUT/<name>.dense`
+for `package_rules.py`, as are those of bitsandbytes checkpoints.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ def _expect(target: Path, case: Case) -> None:
             lowbit.convert(target, dense, "dense", dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(target)
         with _simulated(target) as simulated:
+            if simulated is not None or case.format == "bitsandbytes":
+                shutil.copytree(dense, target.parent / f"{target.name}.dense", dirs_exist_ok=True)
             model = simulated or AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
             prompts = sorted(_candidates(model, tokenizer), key=lambda p: -min(p.margins))[:PROMPTS]
     own = max(_own_difference(target, prompt) for prompt in prompts)
