@@ -2,10 +2,13 @@
 
     python benchmarks/fit.py [--work DIR] [--json FILE] [--assignments 20] [--tokens 16384]
 
-`ranking`: predicted against measured KL divergence of random assignments of number formats (Spearman's rank
-correlation). `uniform`: a fit against every uniform scheme of the same size (ratio of the measured divergences).
-`mixes`: GGUF fits against named mixes of llama.cpp, both by lowbit with an importance matrix, in files of the same
-size. `caches`: what llama.cpp's key-value caches of few bits cost, simulated against the engine itself.
+`ranking`: predicted against measured KL divergence of random assignments of number formats and methods (Spearman's rank
+correlation). `uniform`: a fit against every uniform scheme of the same size, by GPTQ (ratio of the measured
+divergences), and against a fit that has GPTQ alone. `mixes`: GGUF fits against named mixes of llama.cpp, both by lowbit
+with an importance matrix, in files of the same size. `caches`: what llama.cpp's key-value caches of few bits cost,
+simulated against the engine itself.
+
+With --work, what an interrupted run has made is not made again.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import random
 import sys
 import tempfile
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from lowbit.checkpoint.location import DEMO_DIRECTORY
 from lowbit.engines.flags import EngineFlags
 from lowbit.evaluation.evaluate import evaluate_all
 from lowbit.pipeline.fit import Fit, Measurement, choose, measure, measure_caches
+from lowbit.pipeline.fit_candidates import name_choice, split_choice
 
 CANDIDATES = (
     "int2-g64-sym", "int3-g64-sym", "int3-g128-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int5-g128-sym",
@@ -35,6 +40,10 @@ CANDIDATES = (
 )  # fmt: skip
 UNIFORM = ("int3-g128-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int5-g128-sym", "int6-g128-sym")
 MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
+METHOD = "gptq"
+"""By which uniform schemes are solved."""
+AT_A_TIME = 2
+"""Models that are evaluated together, between which the figures are kept."""
 CALIBRATION: dict[str, Any] = {"samples": 64, "seq_len": 512}
 WINDOWS, WINDOW, STEP = 16, 256, 16
 """Windows of text for caches, their tokens, and how far apart the positions lie that the engine is asked about."""
@@ -67,7 +76,7 @@ def main() -> None:
 def measured(work: Path) -> Measurement:
     file = work / "measurement.json"
     if not file.exists():
-        measure("demo", candidates=CANDIDATES).save(file)
+        measure("demo", candidates=CANDIDATES, work=work / "measuring").save(file)
     return Measurement.load(file)
 
 
@@ -84,14 +93,24 @@ def assignment(measurement: Measurement, names: list[str]) -> Fit:
 
 def divergences(measurement: Measurement, fits: dict[str, Fit], work: Path, tokens: int) -> dict[str, float]:
     """Measured KL divergence of each fit, in nats per token of held-out text."""
-    paths = []
     for name, one in fits.items():
-        paths.append(work / name)
-        if not paths[-1].exists():
+        if not (work / name).exists():
             recipe = one.recipe(measurement)
-            lowbit.quantize("demo", paths[-1], recipe=recipe, certify_tokens=0, **CALIBRATION)
-    evaluations = evaluate_all(paths, against="demo", max_tokens=tokens)
-    return {name: float(e.kl_divergence or 0.0) for name, e in zip(fits, evaluations, strict=True)}
+            lowbit.quantize("demo", work / name, recipe=recipe, certify_tokens=0, overwrite=True, **CALIBRATION)
+    return dict(zip(fits, evaluated([work / name for name in fits], work, tokens), strict=True))
+
+
+def evaluated(paths: list[Path], work: Path, tokens: int) -> list[float]:
+    """KL divergence of each checkpoint, kept in ``work``."""
+    file = work / f"divergences-{tokens}.json"
+    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    missing = [path for path in paths if path.name not in known]
+    for first in range(0, len(missing), AT_A_TIME):
+        part = missing[first : first + AT_A_TIME]
+        found = evaluate_all(part, against="demo", max_tokens=tokens)
+        known |= {path.name: float(e.kl_divergence or 0.0) for path, e in zip(part, found, strict=True)}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+    return [known[path.name] for path in paths]
 
 
 def ranking(measurement: Measurement, work: Path, count: int, tokens: int) -> dict[str, Any]:
@@ -100,9 +119,10 @@ def ranking(measurement: Measurement, work: Path, count: int, tokens: int) -> di
     for index in range(count):
         # Each assignment has a middle of its own, so that they differ in more than the luck of the draw.
         middle = draw.uniform(1, len(CANDIDATES) - 2)
-        names = [
+        formats = [
             CANDIDATES[min(len(CANDIDATES) - 1, max(0, round(draw.gauss(middle, 1.5))))] for _ in measurement.groups
         ]
+        names = [draw.choice([one for one in measurement.candidates if split_choice(one)[0] == f]) for f in formats]
         fits[f"random-{index:02d}"] = assignment(measurement, names)
     true = divergences(measurement, fits, work, tokens)
     predicted, values = [one.divergence for one in fits.values()], list(true.values())
@@ -120,26 +140,40 @@ def _ranks(values: list[float]) -> np.ndarray[Any, np.dtype[np.intp]]:
 
 def uniform(measurement: Measurement, work: Path, tokens: int) -> list[dict[str, Any]]:
     fits: dict[str, Fit] = {}
+    alone = by_one_method(measurement)
     for name in UNIFORM:
-        same = assignment(measurement, [name] * len(measurement.groups))
+        same = assignment(measurement, [name_choice(name, METHOD)] * len(measurement.groups))
         fits[f"uniform-{name}"] = same
         fits[f"fit-{name}"] = choose(measurement, bits_per_weight=same.bits_per_weight)
+        fits[f"fit-{METHOD}-{name}"] = choose(alone, bits_per_weight=same.bits_per_weight)
     true = divergences(measurement, fits, work, tokens)
     rows = []
     for name in UNIFORM:
-        a, b = true[f"uniform-{name}"], true[f"fit-{name}"]
+        a, b, c = true[f"uniform-{name}"], true[f"fit-{name}"], true[f"fit-{METHOD}-{name}"]
         bits = fits[f"fit-{name}"].bits_per_weight
-        rows.append({"uniform": name, "bits_per_weight": bits, "uniform_kl": a, "fit_kl": b, "ratio": b / a})
-        print(f"{name:14}  {bits:6.3f} bits  uniform {a:.5f}  fit {b:.5f}  ratio {b / a:.2f}")
+        row = {"uniform": name, "bits_per_weight": bits, "uniform_kl": a, "fit_kl": b, "ratio": b / a}
+        rows.append({**row, "one_method_kl": c})
+        print(f"{name:14}  {bits:6.3f} bits  uniform {a:.5f}  fit {b:.5f}  ratio {b / a:.2f}  {METHOD} alone {c:.5f}")
     return rows
+
+
+def by_one_method(measurement: Measurement) -> Measurement:
+    """The measurement without the candidates of other methods."""
+    groups = tuple(
+        replace(group, candidates={n: m for n, m in group.candidates.items() if split_choice(n)[1] in (METHOD, None)})
+        for group in measurement.groups
+    )
+    return replace(measurement, groups=groups)
 
 
 def mixes(work: Path, tokens: int) -> list[dict[str, Any]]:
     file, paths, sizes = work / "gguf-measurement.json", [], []
+    if not file.exists():
+        measure("demo", format="gguf", work=work / "measuring").save(file)
     for name in MIXES:
         path = work / f"{name}.gguf"
         if not path.exists():
-            lowbit.quantize("demo", path, scheme=name, imatrix="auto", certify_tokens=0, **CALIBRATION)
+            lowbit.quantize("demo", path, scheme=name, imatrix="auto", certify_tokens=0, overwrite=True, **CALIBRATION)
         sizes.append(path.stat().st_size)
         paths.append(path)
     for name, size in zip(MIXES, sizes, strict=True):
@@ -147,7 +181,7 @@ def mixes(work: Path, tokens: int) -> list[dict[str, Any]]:
         if not path.exists():
             lowbit.fit("demo", path, size=size, measurements=file, certify_tokens=0, **CALIBRATION)
         paths.append(path)
-    divergences = [float(e.kl_divergence or 0.0) for e in evaluate_all(paths, against="demo", max_tokens=tokens)]
+    divergences = evaluated(paths, work, tokens)
     rows = []
     for name, path, a, b in zip(MIXES, paths[len(MIXES) :], divergences, divergences[len(MIXES) :], strict=False):
         size = path.stat().st_size

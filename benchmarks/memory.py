@@ -5,7 +5,8 @@
     python benchmarks/memory.py --parts llama.cpp vllm --shape 1.1b --contexts 512 2048 8192 --concurrency 1 4 16
     python benchmarks/memory.py --parts quantize --shape 1.1b --layers 1 3
 
-`files`: every scheme in every format that holds it, and every mix of GGUF, to the byte. Serving: the engine's own
+`files`: every scheme of tiny random models of --families and of the embedded model (this in every format that holds
+it), and every mix of GGUF, to the byte. Serving: the engine's own
 process as `lowbit serve` starts it, one for each context and number of requests; every slot gets a prompt, then its
 resident memory is compared with what `lowbit.estimate` said before. Of llama.cpp that is what /proc calls RSS, the
 mapped file included (predicted: the total and what the system may take back); of vLLM's four processes the
@@ -22,6 +23,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,6 +46,7 @@ from lowbit.engines.flags import EngineFlags, build_command
 from lowbit.engines.presets import ENGINES
 from lowbit.errors import LowbitError
 from lowbit.planning import probe
+from lowbit.sizing.gguf_sizes import USUAL_TEXT
 from lowbit.sizing.headers import open_header_model
 from lowbit.sizing.making import predict_making
 from lowbit.sizing.variants import make_variant
@@ -56,7 +59,7 @@ BOUNDS = {"files": 0.0, "llama.cpp": 0.05, "vllm": 0.05, "quantize": 0.10}
 SCHEMES = (
     *("int2-g64-sym", "int3-g128-sym", "int4-g128-sym", "int4-g32-asym", "int4-channel-sym", "int5-g64-asym"),
     *("int6-tensor-sym", "int8-g128-sym", "int8-channel-asym", "fp8-channel", "fp8-block", "nvfp4", "mxfp4", "nf4-b64"),
-    *("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16"),
+    *("int4-g64-affine", "W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16"),
 )
 """Number formats and presets that are tried in every file format; those that it refuses are counted."""
 START_SECONDS = 300.0
@@ -99,6 +102,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--families", nargs="+", choices=(*FAMILIES, EMBEDDED), default=[*FAMILIES, EMBEDDED])
     parser.add_argument("--shape", help="of a random Llama (peers/workload.py) instead of the embedded model")
     parser.add_argument("--layers", type=int, nargs="+", help="blocks of the shape; the first of them serves")
     parser.add_argument("--dtype", default="bfloat16", help="of the shape's weights")
@@ -118,36 +122,127 @@ def _options() -> argparse.Namespace:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 64}
+_EXPERTS = {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**_GROUPED, "tie_word_embeddings": True},
+    "mistral": _GROUPED,
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": _GROUPED,
+    "gemma": _GROUPED,
+    "gemma2": {**_GROUPED, "sliding_window": 64, "query_pre_attn_scalar": 64},
+    "gemma3_text": {**_GROUPED, "sliding_window": 64, "query_pre_attn_scalar": 64},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {"num_key_value_heads": 2},
+    "gpt_neox": {"rotary_pct": 0.25},
+    "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
+    "mixtral": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_key_value_heads": 2, **_EXPERTS, "shared_expert_intermediate_size": 256},
+    "qwen3_moe": {**_GROUPED, **_EXPERTS},
+}
+"""Families to the config of a tiny random model: one block, wide enough for every type of GGUF."""
+_TINY: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 300,
+    "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+EMBEDDED = "demo"
+NEEDS_MATRIX = ("IQ1", "IQ2", "IQ3_X", "Q2_K_S")
+"""Beginnings of mixes that are refused without an importance matrix."""
+USUAL = {
+    "int4-g64-affine": "hqq",
+    "int4-g32-asym": "awq",
+    "int8-channel-asym": "gptq_v2",
+    "int2-g64-sym": "gptq",
+    "nf4-b64": "bitsandbytes",
+}
+"""Formats of schemes that families are tried in, beside compressed-tensors; the embedded model is tried in all."""
+
+
 def files(work: Path, options: argparse.Namespace) -> Iterator[Row]:
-    """Weight files of every scheme before and after quantizing, a refusal counting as one both times."""
-    model = _models(work, options)[0]
-    refused = 0
-    for format in CODECS:
-        for scheme in SCHEMES:
-            out = work / f"{format}-{scheme}"
-            try:
-                lowbit.quantize(model, out, scheme=scheme, format=format, method="rtn", certify_tokens=0)
-            except LowbitError:
-                refused += 1
+    """Weight files of every scheme before and after quantizing, added up by family; a refusal must be foreseen."""
+    for family in options.families:
+        model = EMBEDDED if family == EMBEDDED else _family(work / family, family)
+        tried = [(scheme, format) for scheme in SCHEMES for format in _formats(scheme, family)]
+        tried += [(mix, "gguf") for mix in MIXES]
+        sums = Row("files", "", 0, 0)
+        wrong, refused = [], []
+        for scheme, format in tried:
+            predicted, problem = _predicted_file(model, scheme, format)
+            written, error = _written_file(model, work / f"{family}-{scheme}", scheme, format)
+            if written is None:
+                refused.append(f"{scheme} as {format}: {error}")
+                if not problem:
+                    wrong.append(f"{scheme} as {format}: refused ({error}), but {predicted:,} bytes were predicted")
                 continue
-            predicted = _predicted_file(model, scheme, format)
-            written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-            yield Row("files", f"{scheme}, {format}", predicted, written)
-    for mix in MIXES:
-        out = work / f"{mix}.gguf"
-        try:
-            lowbit.quantize(model, out, scheme=mix, imatrix="auto", samples=4, seq_len=128, certify_tokens=0)
-        except LowbitError:
-            refused += 1
-            continue
-        yield Row("files", f"{mix}, gguf", _predicted_file(model, mix, "gguf"), out.stat().st_size)
-    print(f"files: {refused} combinations that cannot be are refused")
+            sums = Row("files", "", sums.predicted + predicted, sums.measured + written)
+            if problem or predicted != written:
+                wrong.append(f"{scheme} as {format}: {predicted:,} predicted ({problem}), {written:,} written")
+        print("\n".join(wrong), end="\n" if wrong else "")
+        name = f"{family}: {len(tried) - len(refused)} files exact, {len(refused)} refused as foreseen"
+        if wrong:
+            name = f"{family}: {len(wrong)} of {len(tried)} WRONG"
+        yield Row("files", name, sums.predicted, sums.measured + len(wrong))
 
 
-def _predicted_file(model: str | Path, scheme: str, format: str) -> int:
+def _formats(scheme: str, family: str) -> tuple[str, ...]:
+    if family == EMBEDDED:
+        return tuple(CODECS)
+    return ("compressed-tensors", *([USUAL[scheme]] if scheme in USUAL else []))
+
+
+def _written_file(model: str | Path, out: Path, scheme: str, format: str) -> tuple[int | None, str]:
+    """Bytes of the weight files, deleted again; None and why, where it is refused."""
+    text: dict[str, Any] = {"samples": 2, "seq_len": 64}
+    if model != EMBEDDED:
+        text["calibration"] = _text(out.parent)
+    try:
+        if format == "gguf":
+            out = out.with_name(f"{out.name}.gguf")
+            weighted = text | {"imatrix": "auto"} if scheme.startswith(NEEDS_MATRIX) else {}
+            lowbit.quantize(model, out, scheme=scheme, certify_tokens=0, **weighted)
+            written = [out]
+        else:
+            lowbit.quantize(model, out, scheme=scheme, format=format, method="rtn", certify_tokens=0, **text)
+            written = list(out.glob("*.safetensors"))
+    except LowbitError as error:
+        return None, str(error)
+    size = sum(file.stat().st_size for file in written)
+    if out.is_dir():
+        shutil.rmtree(out)
+    else:
+        out.unlink()
+    return size, ""
+
+
+def _text(folder: Path) -> str:
+    # Its name goes into the file: that of the usual text, which takes a network.
+    path = folder / USUAL_TEXT
+    path.write_text("the quick brown fox jumps over the lazy dog " * 400)
+    return str(path)
+
+
+def _family(path: Path, family: str) -> Path:
+    """A random model of a family with a tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {name: value for name, value in _TINY.items() if family != "opt" or name != "intermediate_size"}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(fields | FAMILIES[family]))
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    _write_tokenizer(path)
+    return path
+
+
+def _predicted_file(model: str | Path, scheme: str, format: str) -> tuple[int, str]:
+    """Bytes, and why it cannot be."""
     engine = "llama.cpp" if format == "gguf" else "vllm"
     kind = {} if format == "gguf" else {"format": format}
-    return lowbit.estimate(model, schemes=[scheme], engine=engine, gpus=0, **kind).precisions[0].file_bytes
+    try:
+        found = lowbit.estimate(model, schemes=[scheme], engine=engine, gpus=0, **kind).precisions[0]
+    except LowbitError as error:
+        return 0, str(error)
+    return found.file_bytes, "" if found.file_bytes else found.problem
 
 
 # ---- serving -------------------------------------------------------------------------------------------------------

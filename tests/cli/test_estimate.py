@@ -44,7 +44,7 @@ def test_llama_cpp(lowbit: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpu-memory", "0GiB"), "--gpu-memory '0GiB' is not a size"),
+        (("--gpu-memory", "0GiB"), "--gpu-memory 0GiB: nothing fits in that"),
         (("--context", "4096"), "beyond the model's maximum of 1024: use at most 1024"),
         (("--scheme", "int44"), "did you mean"),
         (("--kv-dtype", "fp88"), "did you mean 'fp8'"),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lowbit import convert, estimate, quantize, recommend
 from lowbit.codecs import conversion
-from lowbit.errors import CheckpointError, LowbitError, ResourceError, UnsupportedError, UsageError
+from lowbit.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from lowbit.planning import Hardware
 from lowbit.sizing import variants
 from lowbit.sizing.estimate_results import Estimate
@@ -91,6 +93,15 @@ def test_gguf_files_to_the_byte(mix: str, tmp_path: Path) -> None:
     assert predicted.exact
     assert not predicted.problem
     quantize("demo", tmp_path / "out.gguf", scheme=mix, certify_tokens=0)
+    assert predicted.size == (tmp_path / "out.gguf").stat().st_size
+
+
+def test_a_gguf_file_that_needs_a_matrix_to_the_byte(tmp_path: Path) -> None:
+    """The matrix changes the types of some tensors, and the keys that name it are part of the file."""
+    predicted = make_variant(open_header_model("demo"), "IQ2_S")
+    assert not predicted.problem
+    settings: dict[str, Any] = {"imatrix": "auto", "calibration": "demo", "samples": 2, "seq_len": 32}
+    quantize("demo", tmp_path / "out.gguf", scheme="IQ2_S", certify_tokens=0, **settings)
     assert predicted.size == (tmp_path / "out.gguf").stat().st_size
 
 
@@ -302,6 +313,21 @@ def test_recommending_on_a_cpu() -> None:
 
 
 def test_a_budget_that_is_too_small_says_by_how_much() -> None:
+    large = CONFIGS / "llama-3.1-70b.json"
     with pytest.raises(ResourceError, match=r"lacks \d+\.\d+ GiB .* this would do: .*devices of 4\d\.\d GiB") as found:
-        recommend(CONFIGS / "llama-3.1-70b.json", gpus=1, memory=24 * GIB, hardware=MACHINE)
-    assert isinstance(found.value, LowbitError)
+        recommend(large, gpus=1, memory=24 * GIB, hardware=MACHINE)
+    # What is advised does fit.
+    enough = re.search(r"devices of (\d+\.\d) GiB", str(found.value))
+    assert enough is not None
+    assert recommend(large, gpus=1, memory=int(float(enough[1]) * GIB), hardware=MACHINE).precision.fits
+    with pytest.raises(ResourceError, match=r"fits in 1\.0 MiB: .* lacks \d+\.\d\d MiB .*devices of \d+\.\d MiB"):
+        recommend("demo", gpus=1, memory=1 << 20, hardware=MACHINE)
+
+
+def test_a_wider_batch_is_counted_in_a_recommendation() -> None:
+    model = CONFIGS / "llama-3.1-8b.json"
+    parts = [
+        recommend(model, gpus=1, memory=80 * GIB, batch_tokens=tokens, hardware=MACHINE).precision.parts["activations"]
+        for tokens in (2048, 16384)
+    ]
+    assert parts[1] > 4 * parts[0]

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 import lowbit
-from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint import hash_file, open_checkpoint
 from lowbit.cli.main import main
 from lowbit.codecs import module_plan, open_model
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.pipeline.fit import Fit, Measurement, choose, measure
 from lowbit.pipeline.fit_candidates import split_choice
+from lowbit.pipeline.progress import Silent
 from lowbit.sizing.fit import curve, fit
 
 CANDIDATES = ("int3-g64-sym", "int4-g64-sym", "int6-g64-sym", "int8-g64-sym")
@@ -63,6 +64,18 @@ def test_saved_and_read_back(measurement: Measurement, tmp_path: Path) -> None:
         Measurement.load(tmp_path / "bad.json")
 
 
+class _Interrupting(Silent):
+    """Ends the run after so many units."""
+
+    def __init__(self, units: int) -> None:
+        self.left = units
+
+    def advance(self, module: str, **fields: float | str) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
 def test_writes_what_was_chosen(tiny_llama: Path, calibration_file: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "candidates": CANDIDATES, "calibration": calibration_file, "samples": 8, "seq_len": 32,
@@ -85,6 +98,28 @@ def test_writes_what_was_chosen(tiny_llama: Path, calibration_file: Path, tmp_pa
         fit(tiny_llama, tmp_path / "no", bits_per_weight=5, **settings | {"candidates": ["int5-g64-sym"]})
     with pytest.raises(UsageError, match=r"measured for compressed-tensors by gptq, awq\+gptq: name another file"):
         fit(tiny_llama, tmp_path / "no", bits_per_weight=5, methods=["rtn"], **settings)
+    (tmp_path / "other.txt").write_text("another text altogether " * 400)
+    with pytest.raises(UsageError, match=r"was made on calibration.txt with seed 42, not on .*other.txt"):
+        fit(tiny_llama, tmp_path / "no", bits_per_weight=5, **settings | {"calibration": tmp_path / "other.txt"})
+    # A measurement that was interrupted goes on, and comes to the same; one of other candidates begins anew.
+    fresh = settings | {"measurements": tmp_path / "fresh.json", "bits_per_weight": 5}
+    for blocks, candidates in ((3, CANDIDATES), (3, CANDIDATES), (4, CANDIDATES[1:])):
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny_llama, tmp_path / "no", **fresh | {"candidates": candidates}, progress=_Interrupting(blocks))
+        assert (tmp_path / "fresh.json.partial" / "journal.jsonl").read_text().count("block") == blocks - 2
+    found = fit(tiny_llama, tmp_path / "fresh", **fresh | {"candidates": CANDIDATES[1:]})
+    assert found.measurement == measure(tiny_llama, candidates=CANDIDATES[1:], calibration=calibration_file)
+    assert not (tmp_path / "fresh.json.partial").exists()
+    # A run that was interrupted while it quantized ends as one that was not.
+    whole = hash_file(tmp_path / "few" / "model.safetensors")
+    interrupted: dict[str, Any] = {**settings, "candidates": CANDIDATES[1:3], "bits_per_weight": 5}
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_llama, tmp_path / "again", **interrupted, progress=_Interrupting(1))
+    assert not (tmp_path / "again").exists()
+    fit(tiny_llama, tmp_path / "again", **interrupted, resume=True)
+    assert hash_file(tmp_path / "again" / "model.safetensors") == whole
+    with pytest.raises(UsageError, match="--resume has no meaning for a GGUF file"):
+        fit(tiny_llama, tmp_path / "no.gguf", bits_per_weight=5, resume=True)
     with pytest.raises(UsageError, match="whose weights are not"):
         fit("demo", tmp_path / "other", bits_per_weight=4.5, measurements=tmp_path / "m.json")
 

@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--work-memory", metavar="SIZE", type=size_of("--work-memory"), help="memory to stay within while quantizing"
     )
+    running.add_argument("--resume", action="store_true", help="go on with a run that was interrupted while quantizing")
     running.add_argument("--overwrite", action="store_true", help="replace OUT")
     running.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     add_report_arguments(running)
@@ -118,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
             seq_len=arguments.seq_len,
             seed=arguments.seed,
             work_memory=arguments.work_memory,
+            resume=arguments.resume,
             overwrite=arguments.overwrite,
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,

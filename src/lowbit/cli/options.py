@@ -24,8 +24,10 @@ _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)
 def parse_bytes(text: str, flag: str = "--memory") -> int:
     """``4GiB``, ``4G``, ``500MB`` or ``1000000`` as bytes: ``GiB`` and ``G`` are binary, ``GB`` is decimal."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match["number"]) <= 0:
+    if match is None:
         raise UsageError(f"{flag} {text!r} is not a size: write e.g. 4GiB or 800MiB")
+    if float(match["number"]) <= 0:
+        raise UsageError(f"{flag} {text}: nothing fits in that: give more, e.g. 4GiB")
     power = " KMGT".index(match["unit"].upper() or " ")
     decimal = power > 0 and text.strip().upper().endswith("B") and not match["binary"]
     return int(float(match["number"]) * (1000 if decimal else 1024) ** power)

@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         kv_dtype=arguments.kv_dtype,
         gpus=arguments.gpus,
         tensor_parallel=arguments.tensor_parallel,
+        batch_tokens=arguments.batch_tokens,
         measured=arguments.measured,
         like=arguments.like,
         revision=arguments.revision,

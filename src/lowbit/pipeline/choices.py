@@ -11,7 +11,10 @@ import torch
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.quant import InputStatistics
 
-__all__ = ["Candidate", "GroupSensitivity", "Grouping", "Measured", "OneInput", "Restorable", "Table", "shared_choices"]
+__all__ = [
+    "Candidate", "GroupSensitivity", "Grouping", "Measured", "OneInput", "Restorable", "Table",
+    "group_from_json", "shared_choices",
+]  # fmt: skip
 
 Grouping: TypeAlias = Callable[[Sequence[str]], Sequence[tuple[str, ...]]]
 
@@ -82,6 +85,12 @@ class GroupSensitivity:
     modules: tuple[str, ...]
     weights: int
     candidates: Mapping[str, Measured]
+
+
+def group_from_json(entry: Mapping[str, Any]) -> GroupSensitivity:
+    """The group whose ``asdict`` ``entry`` is; KeyError, TypeError or ValueError where it is none."""
+    candidates = {name: Measured(**values) for name, values in entry["candidates"].items()}
+    return GroupSensitivity(tuple(entry["modules"]), int(entry["weights"]), candidates)
 
 
 def shared_choices(names: Sequence[str]) -> list[tuple[str, ...]]:

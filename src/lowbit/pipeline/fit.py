@@ -5,22 +5,27 @@ A measurement is good for any budget: it is kept in a file and used again in sec
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lowbit import __version__
 from lowbit.calibration import CalibrationSet, load_calibration, load_tokenizer
+from lowbit.calibration.load import SELF
 from lowbit.checkpoint import hash_file, open_checkpoint, read_json_object, write_json
 from lowbit.checkpoint.layers import layer_states
 from lowbit.codecs import CODECS
 from lowbit.codecs.gguf.architectures import export_plan
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.formats import IntSpec, parse_spec
-from lowbit.pipeline.choices import GroupSensitivity, Measured
+from lowbit.pipeline.choices import GroupSensitivity, group_from_json
 from lowbit.pipeline.fit_candidates import (
     DEFAULT_CANDIDATES,
     DEFAULT_METHODS,
@@ -39,6 +44,7 @@ from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.recipe import Recipe, Rule, suggestion
 from lowbit.pipeline.sampling import sample_from
 from lowbit.pipeline.sensitivity import measure_sensitivity
+from lowbit.pipeline.sensitivity_work import SweepWork
 from lowbit.pipeline.streamed import StreamedModel
 from lowbit.planning import probe
 from lowbit.quant import Option, allocate
@@ -48,6 +54,7 @@ __all__ = [
     "Measurement",
     "check_bits",
     "check_measurement",
+    "check_text",
     "choose",
     "gguf_types",
     "measure",
@@ -121,14 +128,7 @@ class Measurement:
         try:
             if content.pop("kind") != "lowbit sensitivity" or content.pop("version") != _VERSION:
                 raise CheckpointError(f"{path}: no measurement of this version of lowbit: name another file")
-            groups = tuple(
-                GroupSensitivity(
-                    tuple(entry["modules"]),
-                    int(entry["weights"]),
-                    {name: Measured(**values) for name, values in entry["candidates"].items()},
-                )
-                for entry in content.pop("groups")
-            )
+            groups = tuple(group_from_json(entry) for entry in content.pop("groups"))
             return cls(groups=groups, methods=tuple(content.pop("methods")), **content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a measurement of lowbit fit ({error})") from error
@@ -183,11 +183,13 @@ def measure(
     seed: int = 42,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    work: Path | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Measure every candidate number format, by every method, in every linear of ``source`` in one sweep over it.
 
-    A GGUF file's types have a search of their own: ``methods`` do not matter there.
+    A GGUF file's types have a search of their own: ``methods`` do not matter there. ``work`` is a folder for what is
+    done: a run that was interrupted goes on from there, and deletes it when it is over.
 
     Raises :class:`UsageError` for a format or candidate that cannot be, :class:`CheckpointError` for the source.
     """
@@ -209,24 +211,35 @@ def measure(
         )
         model = StreamedModel(checkpoint, device=device, trust_remote_code=trust_remote_code)
         text = _text(model, source, calibration, samples, seq_len, seed)
-        groups = measure_sensitivity(
-            model,
-            text.ids,
-            choice.candidates,
-            wanted=lambda n: not _ROUTERS.match(n),
-            grouping=choice.grouping,
-            tables=choice.tables,
-            seed=seed,
-            progress=progress,
-        )
+        hashes = {file.name: hash_file(file).sha256 for file in checkpoint.files}
+        parts = [__version__, format, hashes, text.sha256, [candidate.name for candidate in choice.candidates], seed]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        with nullcontext() if work is None else SweepWork.kept(work, key) as kept:
+            groups = measure_sensitivity(
+                model,
+                text.ids,
+                choice.candidates,
+                wanted=lambda n: not _ROUTERS.match(n),
+                grouping=choice.grouping,
+                tables=choice.tables,
+                seed=seed,
+                work=kept,
+                progress=progress,
+            )
         if short := next((group for group in groups if len(group.candidates) < 2), None):
             raise UsageError(f"{short.modules[0]}: no candidate fits its shape: give --candidates of smaller groups")
         return Measurement(
             source=checkpoint.path.name if str(source) != DEMO else DEMO,
-            weights_sha256={file.name: hash_file(file).sha256 for file in checkpoint.files},
+            weights_sha256=hashes,
             format=format,
             methods=methods,
-            calibration={"name": text.name, "sha256": text.sha256, "tokens": text.tokens},
+            calibration={
+                "name": text.name,
+                "sha256": text.sha256,
+                "samples": samples,
+                "seq_len": seq_len,
+                "seed": seed,
+            },
             other_bytes=choice.other_bytes(groups),
             groups=tuple(groups),
             embedding=next((table.name for table in choice.tables if table.embeds), ""),
@@ -327,6 +340,23 @@ def check_measurement(measurement: Measurement, source: str | Path) -> None:
         found = {file.name: hash_file(file).sha256 for file in checkpoint.files}
     if found != dict(measurement.weights_sha256):
         raise UsageError(f"the measurement is of {measurement.source}, whose weights are not those of {source}")
+
+
+def check_text(measurement: Measurement, source: str | Path, calibration: str | Path, *, seed: int) -> None:
+    """Raise :class:`UsageError` if the measurement was made on other text than ``calibration`` gives."""
+    made = measurement.calibration
+    if str(calibration) == SELF:
+        same = (made["name"], made["seed"]) == (SELF, seed)
+    else:
+        with open_checkpoint(source) as checkpoint:
+            tokenizer = load_tokenizer(checkpoint.path)
+        shape = {"samples": made["samples"], "seq_len": made["seq_len"]}
+        same = load_calibration(calibration, tokenizer, seed=seed, **shape).sha256 == made["sha256"]
+    if not same:
+        raise UsageError(
+            f"the measurement was made on {made['name']} with seed {made['seed']}, not on {calibration} with seed "
+            f"{seed}: name another file, or leave out --calibration"
+        )
 
 
 def _too_small(

@@ -18,7 +18,6 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.codecs import module_plan, open_model, stored_format
 from lowbit.codecs.gguf.architectures import ExportPlan, export_plan
 from lowbit.codecs.gguf.imatrix import ImportanceMatrix, read_imatrix
-from lowbit.codecs.gguf.metadata import MetadataValue
 from lowbit.codecs.gguf.mixes import (
     Mix,
     choose_types,
@@ -31,7 +30,7 @@ from lowbit.codecs.gguf.mixes import (
 from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.formats import PRESETS
 from lowbit.formats.ggml import GgmlType
-from lowbit.pipeline.gguf_output import Output, SourceHashes, check_name, is_gguf_name, named
+from lowbit.pipeline.gguf_output import Output, SourceHashes, check_name, importance_keys, is_gguf_name, named
 from lowbit.pipeline.gguf_stream import Task
 from lowbit.pipeline.imatrix import collect, is_encoder, refuse_encoder, unseen_experts
 from lowbit.pipeline.job import DEMO, calibration_data, compute_device
@@ -223,12 +222,8 @@ class _Job:
         """Weigh the tensors by ``matrix`` and record it in the file."""
         self.matrix = matrix
         tasks = [replace(task, importance=_importance(task, matrix)) for task in self.output.tasks]
-        extra: dict[str, MetadataValue] = {
-            "quantize.imatrix.file": _imatrix_name(self.settings),
-            "quantize.imatrix.dataset": matrix.datasets[-1] if matrix.datasets else "",
-            "quantize.imatrix.entries_count": len(matrix),
-            "quantize.imatrix.chunks_count": matrix.chunks,
-        }
+        dataset = matrix.datasets[-1] if matrix.datasets else ""
+        extra = importance_keys(_imatrix_name(self.settings), dataset, len(matrix), matrix.chunks)
         self.output = replace(self.output, tasks=tasks, extra=extra)
 
 

@@ -29,7 +29,7 @@ from lowbit.pipeline.gguf_stream import Tally, Task, encoded
 from lowbit.pipeline.progress import Progress
 from lowbit.planning import free_disk
 
-__all__ = ["Output", "SourceHashes", "WrittenModel", "check_name", "is_gguf_name", "named"]
+__all__ = ["Output", "SourceHashes", "WrittenModel", "check_name", "importance_keys", "is_gguf_name", "named"]
 
 _FLOATS = frozenset(("F32", "F16", "BF16"))
 
@@ -54,6 +54,16 @@ def named(export: ExportPlan, source: str | Path) -> ExportPlan:
     if Path(source).exists():
         return export
     return replace(export, metadata={**export.metadata, "general.name": str(source).rpartition("/")[2]})
+
+
+def importance_keys(file: str, dataset: str, entries: int, chunks: int) -> dict[str, MetadataValue]:
+    """The keys that say by which importance matrix a file's weights were weighed."""
+    return {
+        "quantize.imatrix.file": file,
+        "quantize.imatrix.dataset": dataset,
+        "quantize.imatrix.entries_count": entries,
+        "quantize.imatrix.chunks_count": chunks,
+    }
 
 
 class SourceHashes:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -36,6 +36,7 @@ from lowbit.pipeline.choices import (
 from lowbit.pipeline.folding import fold_target
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.sensitivity_tables import measure_table
+from lowbit.pipeline.sensitivity_work import SweepWork
 from lowbit.pipeline.stages import Group, discover_stages
 from lowbit.pipeline.store import ActivationStore
 from lowbit.pipeline.streamed import StreamedModel
@@ -61,44 +62,68 @@ def measure_sensitivity(
     grouping: Grouping = shared_choices,
     tables: Sequence[Table] = (),
     seed: int = 0,
+    work: SweepWork | None = None,
     progress: Progress | None = None,
 ) -> list[GroupSensitivity]:
     """Measure every candidate in every linear (full checkpoint names) that is ``wanted``, on token ids ``[n, length]``.
 
     ``grouping`` cuts the modules of a block into those that must share one choice; each of ``tables`` is measured too,
     as the last groups. The cost is about five forwards of the model, and two more for each candidate beside solving
-    it. Raises :class:`NumericsError` where the model's own outputs are not finite.
+    it. What ``work`` has of an earlier run is not done again. Raises :class:`NumericsError` where the model's own
+    outputs are not finite.
     """
     progress = progress or Silent()
     count = len(model.block_names)
     progress.start("measuring sensitivity", 2 * count + len(tables))
-    with tempfile.TemporaryDirectory(prefix="lowbit-sensitivity-") as scratch:
-        states = _forward(model, ids, Path(scratch), progress)
-        batch = max(1, TOKENS_PER_PASS // ids.shape[1])
-        gradient = _Gradient(Path(scratch) / "gradient.bin", states[-1], batch)
-        _head(model, states[-1], gradient, torch.Generator().manual_seed(seed))
+    with ExitStack() as open_files:
+        if work is None:
+            scratch = open_files.enter_context(tempfile.TemporaryDirectory(prefix="lowbit-sensitivity-"))
+            work = SweepWork(Path(scratch) / "sweep")
+
+        def store(name: str) -> ActivationStore:
+            shape = (len(ids), ids.shape[1], model.hidden_size)
+            found = ActivationStore(work.folder / f"{name}.bin", *shape, torch.float32)
+            open_files.callback(found.close)
+            return found
+
+        states = [store(f"states-{index}") for index in range(count + 1)]
+        # The gradient above a block stays until that below is whole, so that the block can be begun again.
+        gradients = [_Gradient(store(f"gradient-{parity}"), TOKENS_PER_PASS) for parity in range(2)]
+        if work.measured("forward") is None:
+            _forward(model, ids, states, progress)
+            _head(model, states[-1], gradients[count % 2], torch.Generator().manual_seed(seed))
+            for written in (*states, gradients[count % 2].store):
+                written.sync()
+            work.finish("forward")
+        else:
+            for name in model.block_names:
+                progress.advance(model.stored_name(name))
         found: list[GroupSensitivity] = []
         for index in reversed(range(count)):
-            sweep = _BlockSweep(model, index, candidates, wanted, grouping)
-            found[:0] = sweep.run(states[index], gradient)
+            step, above, below = f"block {index}", gradients[(index + 1) % 2], gradients[index % 2]
+            measured = work.measured(step)
+            if measured is None:
+                sweep = _BlockSweep(model, index, candidates, wanted, grouping)
+                groups = sweep.run(states[index], above, below)
+                below.store.sync()
+                measured = work.finish(step, groups)
+            found[:0] = measured
             progress.advance(model.stored_name(model.block_names[index]))
         for table in tables:
-            found.append(measure_table(model, table, ids, (states[0], states[-1], gradient.store), candidates))
+            measured = work.measured(table.name)
+            if measured is None:
+                group = measure_table(model, table, ids, (states[0], states[-1], gradients[0].store), candidates)
+                measured = work.finish(table.name, [group])
+            found += measured
             progress.advance(table.name)
-        for store in (*states, gradient.store):
-            store.close()
     progress.close()
     return found
 
 
-def _forward(model: StreamedModel, ids: torch.Tensor, scratch: Path, progress: Progress) -> list[ActivationStore]:
-    """The hidden states before each block and after the last, each in a store of its own."""
+def _forward(model: StreamedModel, ids: torch.Tensor, stores: Sequence[ActivationStore], progress: Progress) -> None:
+    """Fill ``stores`` with the hidden states before each block and after the last."""
     samples, length = ids.shape
     batch = max(1, TOKENS_PER_PASS // length)
-    stores = [
-        ActivationStore(scratch / f"states-{i}.bin", samples, length, model.hidden_size, torch.float32)
-        for i in range(len(model.block_names) + 1)
-    ]
     for first in range(0, samples, batch):
         stores[0].write(first, model.embed(ids[first : first + batch]))
     for index, name in enumerate(model.block_names):
@@ -106,16 +131,15 @@ def _forward(model: StreamedModel, ids: torch.Tensor, scratch: Path, progress: P
         for first in range(0, samples, batch):
             stores[index + 1].write(first, model.run_block(block, index, stores[index].read(first, batch)))
         progress.advance(model.stored_name(name))
-    return stores
 
 
 class _Gradient:
-    """The gradient at a block boundary, replaced batch by batch as the sweep goes down."""
+    """The gradient at a block boundary, read and written batch by batch of about so many ``tokens``."""
 
-    def __init__(self, path: Path, like: ActivationStore, batch: int) -> None:
-        samples, length, hidden = like.shape
-        self.store = ActivationStore(path, samples, length, hidden, torch.float32)
-        self.samples, self.tokens, self.batch = samples, samples * length, batch
+    def __init__(self, store: ActivationStore, tokens: int) -> None:
+        samples, length, _ = store.shape
+        self.store = store
+        self.samples, self.tokens, self.batch = samples, samples * length, max(1, tokens // length)
 
     def batches(self, states: ActivationStore) -> Iterator[tuple[int, torch.Tensor]]:
         """First sample and hidden states ``[batch, length, hidden]`` of each batch."""
@@ -168,12 +192,12 @@ class _BlockSweep:
         self.sums: dict[tuple[int, str], list[float]] = {}
         self.samples_seen = 0
 
-    def run(self, states: ActivationStore, gradient: _Gradient) -> list[GroupSensitivity]:
-        """Measure, and leave in ``gradient`` the gradient at this block's input."""
-        self._solve(self._statistics(states, gradient))
-        for first, hidden in gradient.batches(states):
-            gradient.store.write(first, self._backward(hidden, gradient.store.read(first, gradient.batch)))
-        return [self._summary(number, group, gradient.tokens) for number, group in enumerate(self.groups)]
+    def run(self, states: ActivationStore, above: _Gradient, below: _Gradient) -> list[GroupSensitivity]:
+        """Measure, given the gradient ``above``, at this block's output, and leave that at its input ``below``."""
+        self._solve(self._statistics(states, above))
+        for first, hidden in above.batches(states):
+            below.store.write(first, self._backward(hidden, above.store.read(first, above.batch)))
+        return [self._summary(number, group, above.tokens) for number, group in enumerate(self.groups)]
 
     def _shape(self, name: str) -> tuple[int, int]:
         rows, columns = self._weight(name).shape

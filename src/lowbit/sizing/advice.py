@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from lowbit.planning.kv_dtypes import KV_DTYPES, LLAMA_CPP, VLLM
-from lowbit.planning.serving import GIB, MEMORY, Load, Memory, Served, shared_memory, shm_advice
+from lowbit.planning.serving import GIB, MEMORY, MIB, Load, Memory, Served, shared_memory, shm_advice
 
 _LLAMA_NAMES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
@@ -35,6 +35,13 @@ def advise(engine: str, served: Served, load: Load, memory: int, budget: int, fo
     if missing > 0:
         ways = (*ways, *_smaller(engine, served, load, budget))
     return Advice(flags, shm_advice(shm), shared_memory(shm), ways if missing > 0 else ())
+
+
+def told_size(size: float, *, digits: int = 1, up: bool = False) -> str:
+    """``size`` bytes in GiB, or in MiB below one; the last digit is rounded ``up`` where it must suffice."""
+    unit, name = (GIB, "GiB") if abs(size) >= GIB else (MIB, "MiB")
+    parts = 10**digits * size / unit
+    return f"{(math.ceil(parts) if up else round(parts)) / 10**digits:.{digits}f} {name}"
 
 
 def _vllm_flags(load: Load, memory: int, found: Memory) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from lowbit.pipeline.fit import (
     Measurement,
     check_bits,
     check_measurement,
+    check_text,
     choose,
     gguf_types,
     measure,
@@ -73,6 +74,7 @@ def fit(
     certify_tokens: int = CERTIFY_TOKENS,
     device: str = "cpu",
     work_memory: int | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -89,9 +91,10 @@ def fit(
 
     ``methods`` (default: :data:`lowbit.pipeline.fit_candidates.DEFAULT_METHODS`) solve the number formats
     ``candidates``; both are chosen together, module by module. ``measurements`` is a file: read if it is there, written
-    if not, so that the next budget takes seconds.
-    ``report`` is a directory for the pictures. Raises :class:`ResourceError` for a budget that is too small, by how
-    much; everything :func:`lowbit.quantize` raises besides.
+    if not, so that the next budget takes seconds. ``report`` is a directory for the pictures. With ``resume`` a
+    directory whose quantization was interrupted is finished; give ``measurements`` too, else it is measured again.
+    Raises :class:`ResourceError` for a budget that is too small, by how much; everything :func:`lowbit.quantize` raises
+    besides.
     """
     progress = progress or Silent()
     if sum(budget is not None for budget in (size, bits_per_weight, memory)) != 1:
@@ -109,7 +112,7 @@ def fit(
         check_room(asked, offered_caches(asked, kv_dtype))
     elif (context, max_kl, kv_dtype, gpus) != (None, None, "auto", None):
         raise UsageError("--context, --max-kl, --kv-dtype and --gpus belong to --memory: give that as the budget")
-    _check_out(Path(out), format, overwrite=overwrite)
+    _check_out(Path(out), format, resume=resume, overwrite=overwrite)
     data: dict[str, Any] = {
         "calibration": calibration, "seed": seed, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
@@ -128,7 +131,7 @@ def fit(
     how = _how(source, measurement, chosen, format)
     result = quantize(
         source, out, **how, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed,
-        certify_tokens=certify_tokens, device=device, memory=work_memory, overwrite=overwrite,
+        certify_tokens=certify_tokens, device=device, memory=work_memory, resume=resume, overwrite=overwrite,
         trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
     plots: tuple[Path, ...] = ()
@@ -137,12 +140,14 @@ def fit(
     return FitResult(chosen, chosen.divergence, result, measurement, plots, serving)
 
 
-def _check_out(out: Path, format: str, *, overwrite: bool) -> None:
+def _check_out(out: Path, format: str, *, resume: bool, overwrite: bool) -> None:
     """Raise for an output that cannot be written, before anything is measured."""
     if format == GGUF:
+        if resume:
+            raise UsageError("--resume has no meaning for a GGUF file: nothing is kept of an interrupted run")
         check_name(out, overwrite=overwrite)
     else:
-        check_output(out, resume=False, overwrite=overwrite)
+        check_output(out, resume=resume, overwrite=overwrite)
 
 
 def _how(source: str | Path, measurement: Measurement, chosen: Fit, format: str) -> dict[str, Any]:
@@ -210,10 +215,14 @@ def _measurement(
             by = f" by {', '.join(found.methods)}" if found.methods else ""
             raise UsageError(f"{path}: measured for {found.format}{by}: name another file")
         check_measurement(found, source)
+        if data["calibration"] is not None:
+            check_text(found, source, data["calibration"], seed=data["seed"])
         return found if candidates is None else found.only(candidates)
+    work = None if path is None else path.with_name(f"{path.name}.partial")
     found = measure(
-        source, progress=progress, format=format, methods=methods or DEFAULT_METHODS, candidates=candidates, **data
-    )
+        source, progress=progress, format=format, methods=methods or DEFAULT_METHODS, candidates=candidates, work=work,
+        **data,
+    )  # fmt: skip
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         found.save(path)

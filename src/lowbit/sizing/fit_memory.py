@@ -16,7 +16,7 @@ from lowbit.pipeline.fit_candidates import GGUF, GGUF_BASE
 from lowbit.planning import Hardware, probe
 from lowbit.planning.kv_dtypes import KV_DTYPES, LLAMA_CPP, VLLM, KvDtype, parse_kv_dtype
 from lowbit.planning.serving import BATCH_TOKENS, MEMORY, Load, Served, largest, largest_concurrency, largest_context
-from lowbit.sizing.advice import advise
+from lowbit.sizing.advice import advise, told_size
 from lowbit.sizing.estimate import UTILISATION, estimate, served_model
 from lowbit.sizing.headers import HeaderModel, open_header_model
 from lowbit.sizing.variants import make_variant
@@ -25,7 +25,6 @@ __all__ = ["Asked", "Serving", "check_room", "choose_together", "offered_caches"
 
 _SMALLER_CACHES: Mapping[str, tuple[str, ...]] = {VLLM: ("fp8",), LLAMA_CPP: ("q8_0", "q4_0")}
 """Cache formats of fewer bits to choose from, by engine."""
-_GIB = 2**30
 _USUAL, _LONGEST, _STEP = 8192, 131072, 256
 """Tokens: where no context is asked for; the most that ``auto`` takes where the model names no maximum; and how finely
 contexts are chosen, which is how llama.cpp rounds them."""
@@ -318,18 +317,12 @@ def _shortage(asked: Asked, least: int, names: Sequence[str]) -> str:
     if found := largest_context(asked.engine, served, load, asked.budget, load.context):
         ways.append(f"--context {found}")
     if least:
-        ways.append(f"--memory {_size(math.ceil(need / UTILISATION[asked.engine]), up=True).replace(' ', '')}")
-    weights = f"the smallest weights ({_size(least)}), " if least else ""
+        enough = told_size(math.ceil(need / UTILISATION[asked.engine]), digits=2, up=True)
+        ways.append(f"--memory {enough.replace(' ', '')}")
+    weights = f"the smallest weights ({told_size(least, digits=2)}), " if least else ""
     would = f"; this would do: {', or '.join(ways)}" if ways else ": take a larger device, or a smaller model"
     return (
         f"--memory: {weights}the {smallest} cache of {load.concurrency} x {load.context:,} tokens and {asked.engine} "
-        f"need {_size(need)}, {_size(need - asked.budget)} more than the {_size(asked.budget)} that may be used of "
-        f"{_size(asked.memory)}{would}"
+        f"need {told_size(need, digits=2)}, {told_size(need - asked.budget, digits=2)} more than the "
+        f"{told_size(asked.budget, digits=2)} that may be used of {told_size(asked.memory, digits=2)}{would}"
     )
-
-
-def _size(size: int, *, up: bool = False) -> str:
-    """``size`` with two digits after the point, of which the last is rounded ``up`` where it must suffice."""
-    unit, name = (_GIB, "GiB") if size >= _GIB else (2**20, "MiB")
-    hundredths = 100 * size / unit
-    return f"{(math.ceil(hundredths) if up else round(hundredths)) / 100:.2f} {name}"

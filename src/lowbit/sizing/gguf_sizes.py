@@ -7,12 +7,14 @@ from pathlib import Path
 from lowbit.codecs.gguf.architectures import ExportPlan, export_plan
 from lowbit.codecs.gguf.container import TensorHeader
 from lowbit.codecs.gguf.metadata import MetadataValue
-from lowbit.codecs.gguf.mixes import choose_types, find_mix
+from lowbit.codecs.gguf.mixes import choose_types, find_mix, needs_importance
 from lowbit.codecs.gguf.writing import gguf_file_size
 from lowbit.errors import LowbitError
 from lowbit.formats.ggml.types import GgmlType
-from lowbit.pipeline.gguf_output import Output
+from lowbit.pipeline.gguf import AUTO
+from lowbit.pipeline.gguf_output import Output, importance_keys
 from lowbit.pipeline.gguf_stream import Task
+from lowbit.pipeline.job import DEMO
 from lowbit.planning import PlannedModule
 from lowbit.sizing.headers import HeaderModel
 from lowbit.sizing.variant import Variant
@@ -21,17 +23,24 @@ REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"})
 """Types that llama.cpp copies into another order on a CPU with AVX2 (measured); the mapped originals stay cached."""
 
 _EMBEDDING = "token_embd.weight"
+USUAL_TEXT = "general"
+"""What is calibrated on where no text is named."""
 
 
 def gguf_variant(model: HeaderModel, scheme: str) -> Variant:
     """``model`` as a GGUF file of the mix ``scheme``; a variant with a ``problem`` where llama.cpp has no such model.
 
     The size is exact where the tokenizer is at hand, for the vocabulary is part of the file; else it is a lower bound.
+    A mix that needs an importance matrix is taken to have been made with ``--imatrix auto`` and the usual text, whose
+    name is part of the file, too.
     """
     mix = find_mix(scheme)
     try:
         plan = export_plan(model.checkpoint)
         types = choose_types(mix, plan.tensors, plan.metadata)
+        weighted = any(needs_importance(mix, name, kind) for name, kind in types.items())
+        if weighted:
+            types = choose_types(mix, plan.tensors, plan.metadata, has_imatrix=True)
         output = Output(
             Path(f"{mix.name}.gguf"),
             model.checkpoint,
@@ -47,6 +56,8 @@ def gguf_variant(model: HeaderModel, scheme: str) -> Variant:
     sizes = {_kind_name(plan, header): header.nbytes for header in headers}
     general: dict[str, MetadataValue] = {"general.file_type": mix.file_type, "general.quantization_version": 2}
     metadata = {**plan.metadata, **general, **(vocabulary or {})}
+    if weighted:
+        metadata |= importance_keys(AUTO, DEMO if model.name == DEMO else USUAL_TEXT, 0, 0)
     repacked = sum(
         header.nbytes
         for header in headers

@@ -12,12 +12,14 @@ from lowbit.planning import Hardware, probe
 from lowbit.planning.choice import LIMITS, Candidate, Choice, Measured, Quality, choose, told_loss
 from lowbit.planning.kv_dtypes import LLAMA_CPP, VLLM, parse_kv_dtype
 from lowbit.planning.thumb import select_bits
+from lowbit.sizing.advice import told_size
 from lowbit.sizing.estimate import estimate
 from lowbit.sizing.estimate_results import Estimate, PrecisionEstimate
 from lowbit.sizing.headers import open_header_model
 from lowbit.sizing.measurements import best, find_measurements
 
-_GIB = 2**30
+_NOTABLE = 5 << 20
+"""Bytes below which less memory is not worth a word."""
 _SCHEMES = {
     VLLM: ("bf16", "int8-g128-sym", "int4-g128-sym", "int4-g32-sym"),
     LLAMA_CPP: ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K"),
@@ -77,6 +79,7 @@ def recommend(
     kv_dtype: str = "auto",
     gpus: int | None = None,
     tensor_parallel: int | None = None,
+    batch_tokens: int | None = None,
     measured: Sequence[str | Path] = (),
     like: str | None = None,
     revision: str | None = None,
@@ -110,6 +113,7 @@ def recommend(
             gpus=gpus if on_gpu else 0,
             gpu_memory=memory if on_gpu else None,
             tensor_parallel=tensor_parallel,
+            batch_tokens=batch_tokens,
             hardware=hardware,
         )
         for cache in caches
@@ -170,12 +174,12 @@ def _shortage(choice: Choice, results: dict[str, Estimate]) -> str:
     if entry.context:
         ways.append(f"--context {entry.context}")
     whole = closest.total / (closest.budget / device.memory)
-    ways.append(f"devices of {whole / _GIB:.1f} GiB")
+    ways.append(f"devices of {told_size(whole, up=True)}")
     if device.gpu and entry.tensor_parallel[-1:] > (result.tensor_parallel,):
         ways.append(f"more GPUs (tensor parallel works up to {entry.tensor_parallel[-1]})")
     return (
-        f"{result.model}: nothing fits in {device.memory / _GIB:.1f} GiB: {closest.scheme} with a {closest.kv_dtype} "
-        f"cache, the smallest, lacks {closest.missing / _GIB:.2f} GiB for {result.requests} requests of "
+        f"{result.model}: nothing fits in {told_size(device.memory)}: {closest.scheme} with a {closest.kv_dtype} "
+        f"cache, the smallest, lacks {told_size(closest.missing, digits=2)} for {result.requests} requests of "
         f"{result.context} tokens; this would do: {', or '.join(ways)}"
     )
 
@@ -239,8 +243,8 @@ def _method(entry: PrecisionEstimate, chosen: Candidate) -> tuple[str, str]:
 def _devices(result: Estimate) -> str:
     device = result.devices
     if not device.gpu:
-        return f"{device.name}, {device.memory / _GIB:.1f} GiB"
-    return f"{device.count} × {device.name} of {device.memory / _GIB:.1f} GiB, tensor parallel {result.tensor_parallel}"
+        return f"{device.name}, {told_size(device.memory)}"
+    return f"{device.count} × {device.name} of {told_size(device.memory)}, tensor parallel {result.tensor_parallel}"
 
 
 def _runner_up(choice: Choice, parameters: int) -> tuple[str, str]:
@@ -250,8 +254,10 @@ def _runner_up(choice: Choice, parameters: int) -> tuple[str, str]:
     name = f"{other.scheme} with a {other.kv_dtype} cache"
     if other.bits > chosen.bits:
         return name, f"if accuracy matters more than room: {told_loss(other, parameters)}"
-    freed = (chosen.total - other.total) / _GIB
-    gain = f"{freed:.2f} GiB less on each device" if freed > 0.005 else "smaller files, but no less memory"
+    freed = chosen.total - other.total
+    gain = (
+        f"{told_size(freed, digits=2)} less on each device" if freed > _NOTABLE else "smaller files, but no less memory"
+    )
     return name, f"if room matters more: {gain}; {told_loss(other, parameters)}"
 
 
