@@ -33,6 +33,11 @@ test-vllm: $(ENGINES)/.made  ## All checkpoints in vLLM's CPU build
 	$(ENVIRONMENT) vllm
 	.venvs/vllm/bin/python tests/engines/vllm_check.py $(ENGINES)
 
+.PHONY: test-vllm-gateway
+test-vllm-gateway: $(VENV)/.installed-dev  ## vLLM's CPU build behind the gateway: a dense and a W8A8 tier
+	$(ENVIRONMENT) vllm
+	$(BIN)/python tests/engines/vllm_gateway_check.py .venvs/vllm/bin/python
+
 bench-quantize: $(VENV)/.installed-dev  ## Time and memory of quantization beside the peers'
 	$(BIN)/python benchmarks/quantize.py $(BENCH)
 

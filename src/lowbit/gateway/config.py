@@ -197,7 +197,7 @@ class TierConfig(Strict):
             raise ValueError(f"needs exactly one of path, url and command, not {' and '.join(given) or 'none'}")
         if self.command == []:
             raise ValueError("command is empty")
-        if self.engine in ("llama.cpp", "encoder") and self.path is None:
+        if self.engine == "encoder" and self.path is None:
             raise ValueError(f"engine {self.engine} needs path")
         return self
 

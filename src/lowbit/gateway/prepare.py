@@ -197,6 +197,8 @@ def _describe(engine: str, tier: TierConfig, source: Path, path: Path, devices: 
         original = read_manifest(source)
         # the very codes or values of the source: what holds for it holds here
         kl = _certified(source) if original is not None and original.modules else 0.0
+    if kl is None and path == source and path.is_dir() and _is_original(path):
+        kl = 0.0
     planner = engine if engine in ("vllm", "llama.cpp") else "vllm"
     split = tier.flags.tensor_parallel or 1
     asked: dict[str, Any] = {"engine": planner, "concurrency": tier.concurrency, "gpus": 0}
@@ -222,6 +224,13 @@ def _describe(engine: str, tier: TierConfig, source: Path, path: Path, devices: 
         count,
         on_gpu,
     )
+
+
+def _is_original(path: Path) -> bool:
+    """Whether a checkpoint is one that nobody has quantized."""
+    from lowbit.sizing.headers import open_header_model
+
+    return open_header_model(str(path)).stored == "dense"
 
 
 def _planned_kv(tier: TierConfig, planner: str) -> str:
