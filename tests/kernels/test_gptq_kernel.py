@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from lowbit.formats import IntSpec
+from lowbit.formats.codebook import CODEBOOKS, sorted_table
+from lowbit.formats.floating import Element, decode_elements, round_elements
 from lowbit.formats.integer import choose_range
 from lowbit.kernels.gptq import Block, quantize_columns, quantize_columns_reference
 from lowbit.quant.ranges import float_grid
@@ -33,11 +37,28 @@ def _problem(
 
 def _copy(block: Block, device: str = "cpu") -> Block:
     tensors = (block.current, block.inverse, block.groups, block.codes, block.residual)
-    return Block(block.start, block.levels, *(tensor.clone().to(device) for tensor in tensors))
+    copies = (tensor.clone().to(device) for tensor in tensors)
+    return Block(block.start, block.levels, *copies, grid=block.grid, keep=block.keep)
 
 
-def _check(kernel: Kernel, rows: int, width: int, spec: IntSpec, device: str = "cpu") -> None:
+def _check(
+    kernel: Kernel,
+    rows: int,
+    width: int,
+    spec: IntSpec,
+    device: str = "cpu",
+    grid: Element | torch.Tensor | None = None,
+    masked: bool = False,
+) -> None:
     block, scales, zeros = _problem(rows, width, columns=width + 24, start=16, spec=spec)
+    weight = block.residual.clone()
+    if grid is not None:
+        # some weights beyond the largest value, some next to zero
+        largest = float(grid.abs().max()) if isinstance(grid, torch.Tensor) else {"e4m3": 448.0, "e2m1": 6.0}[grid]
+        scales = scales * spec.levels / largest * torch.logspace(-5, 0, scales.numel(), base=2).view(scales.shape)
+        zeros = scales
+    kept = torch.rand(rows, width, generator=torch.Generator().manual_seed(5)) > 0.4
+    block = dataclasses.replace(block, grid=grid, keep=kept.float() if masked else None)
     expected, found = _copy(block), _copy(block, device)
     for first, last in ((0, width // 3), (width // 3, width)):
         quantize_columns_reference(expected, scales, zeros, first, last)
@@ -46,7 +67,39 @@ def _check(kernel: Kernel, rows: int, width: int, spec: IntSpec, device: str = "
         assert torch.equal(expected.codes, found.codes.cpu())
         assert torch.equal(expected.residual, found.residual.cpu())
     assert (expected.codes[:, :16] == 99).all()
-    assert expected.codes[:, 16 : 16 + width].unique().numel() > 2
+    values = weight[:, 16 : 16 + width] - expected.residual[:, 16 : 16 + width]
+    if masked:
+        assert not bool(values[~kept].any())
+    if isinstance(grid, str):
+        steps = scales[:, block.groups.long()]
+        # the values are known from a difference of larger numbers
+        inexact = 1e-6 * (weight[:, 16 : 16 + width].abs() + values.abs()) / steps
+        assert bool(((round_elements(values / steps, grid) - values / steps).abs() <= inexact).all())
+    else:
+        assert expected.codes[:, 16 : 16 + width].unique().numel() > 2
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("grid", ["e4m3", "e2m1", "nf4", "fp4", None])
+def test_numba_gives_the_bits_of_the_reference_on_every_grid(rows: int, masked: bool, grid: Any) -> None:
+    table = sorted_table(grid)[0] if grid in CODEBOOKS else grid
+    _check(quantize_columns, rows, 48, IntSpec(3, 20, False), grid=table, masked=masked)
+
+
+@pytest.mark.parametrize("element", ["e4m3", "e2m1"])
+def test_numba_rounds_every_kind_of_number_as_torch_does(element: Element) -> None:
+    """Half-way cases of every exponent, subnormal and saturated numbers, zeros of both signs."""
+    codes = torch.arange(256 if element == "e4m3" else 16).to(torch.uint8)
+    levels = decode_elements(codes[(codes & 0x7F) != 0x7F], element).unique()
+    middle = (levels[1:] + levels[:-1]) / 2
+    cases = [levels, middle, torch.nextafter(middle, torch.tensor(1e9)), torch.nextafter(middle, torch.tensor(-1e9))]
+    values = torch.cat([*cases, torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e9, -1e9])])[:, None].contiguous()
+    residual, ones = values.clone(), torch.ones(len(values), 1)
+    codes = torch.zeros(values.shape, dtype=torch.uint8)
+    block = Block(0, 0, values.clone(), torch.ones(1, 1), torch.zeros(1, dtype=torch.int32), codes, residual, element)
+    quantize_columns(block, ones, ones, 0, 1)
+    assert torch.equal(values - round_elements(values, element), residual)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 200])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from lowbit.errors import NumericsError, UsageError
-from lowbit.formats import PER_CHANNEL, IntSpec
+from lowbit.formats import PER_CHANNEL, FloatTensor, IntSpec, parse_spec
 from lowbit.quant import METHODS, GptqOptions, InputStatistics
-from lowbit.quant.sparse import PRUNERS, Sparsity, parse_sparsity
+from lowbit.quant.sparse import PRUNERS, Pruned, Sparsity, parse_sparsity
 
 PATTERNS = ["50%", "30%", "2:4", "4:8", "1:3"]
 
@@ -90,6 +92,76 @@ def test_the_more_a_pruner_knows_the_less_it_costs(pattern: str, problems: Any) 
         n: problem.forward_error(p(problem.weight, problem.statistics, sparsity).weight) for n, p in PRUNERS.items()
     }
     assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+
+
+def naive_masked(
+    weight: torch.Tensor, problem: Any, round_column: Callable[[int, torch.Tensor], torch.Tensor], keep: torch.Tensor
+) -> torch.Tensor:
+    """GPTQ with explicit inverses in float64, left to right; where a weight must be zero, zero is its rounded value."""
+    hessian = problem.inputs.double().T @ problem.inputs.double()
+    hessian += GptqOptions().damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    w, out = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    for column in range(w.shape[1]):
+        inverse = torch.linalg.inv(hessian[column:, column:])
+        out[:, column] = round_column(column, w[:, column]) * keep[:, column]
+        w[:, column:] -= ((w[:, column] - out[:, column]) / inverse[0, 0])[:, None] * inverse[0]
+    return out
+
+
+@pytest.mark.parametrize("text", ["int4-g32-sym", "int3-g32-asym", "fp8-channel", "nvfp4", "nf4-b64", "fp4-b64"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_solving_under_a_mask_is_that_of_the_definition(text: str, masked: bool, problems: Any) -> None:
+    """For every kind of grid: the ranges that were found are taken as given, and all codes follow in float64."""
+    problem, spec = problems(16, 64), parse_spec(text)
+    pruned = PRUNERS["magnitude"](problem.weight, None, parse_sparsity("50%"))
+    keep = pruned.keep if masked else torch.ones_like(pruned.keep)
+    pruned = Pruned(problem.weight, keep)
+    options = GptqOptions(ordering="none", block_size=16)
+    solved = METHODS["gptq"].solve(problem.weight, problem.statistics, spec, options, pruned=pruned).tensor
+    solved.validate("weight")
+    values = _grid(solved)
+
+    def nearest(column: int, current: torch.Tensor) -> torch.Tensor:
+        here = values[:, column]
+        return here.gather(1, (here - current[:, None]).abs().argmin(1, keepdim=True))[:, 0]
+
+    expected = naive_masked(problem.weight, problem, nearest, keep.double())
+    found = solved.dequantize().double()
+    assert not bool(found[~keep].any())
+    same = (found - expected).abs() <= 1e-5 * expected.abs() + 1e-8
+    # A weight at the edge between two values may fall either way in float32, and moves those after it.
+    assert float(same.double().mean()) > 0.9
+    assert problem.forward_error(found) == pytest.approx(problem.forward_error(expected), rel=0.05)
+
+
+def _grid(tensor: Any) -> torch.Tensor:
+    """float64 ``[out, in, values]``: all that each weight may become under the scales of ``tensor``."""
+    codes = 256 if isinstance(tensor, FloatTensor) and tensor.spec.element == "e4m3" else 2**tensor.spec.bits
+    columns = []
+    for code in range(codes):
+        if codes == 256 and code & 0x7F == 0x7F:
+            continue
+        columns.append(replace(tensor, codes=torch.full_like(tensor.codes, code)).dequantize().double())
+    return torch.stack(columns, 2)
+
+
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_wanda_and_magnitude_are_their_definitions(pattern: str, problems: Any) -> None:
+    """In float64, one comparison group after the other: a row (or the matrix), or every run of four."""
+    problem, sparsity = problems(12, 64), parse_sparsity(pattern)
+    norms = problem.inputs.double().square().sum(0).sqrt()
+    for name, scores in (
+        ("wanda", problem.weight.double().abs() * norms),
+        ("magnitude", problem.weight.double().abs()),
+    ):
+        groups = scores.reshape(-1, 4) if sparsity.of else scores.reshape(12 if name == "wanda" else 1, -1)
+        kept = torch.zeros_like(groups, dtype=torch.bool)
+        for row, values in enumerate(groups.tolist()):
+            ranked = sorted(range(len(values)), key=values.__getitem__, reverse=True)
+            kept[row, ranked[: len(values) // 2]] = True
+        found = PRUNERS[name](problem.weight, problem.statistics, sparsity)
+        assert torch.equal(found.keep, kept.reshape(12, 64))
+        assert torch.equal(found.weight, problem.weight * found.keep)
 
 
 @pytest.mark.parametrize("spec", [IntSpec(4, 32), IntSpec(3, 32, False), IntSpec(4, PER_CHANNEL)], ids=str)

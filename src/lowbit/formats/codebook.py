@@ -7,14 +7,14 @@ over the flattened matrix, row by row, so that one may begin in the middle of a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from lowbit.errors import NumericsError, UsageError
 
-__all__ = ["CODEBOOKS", "CodebookSpec", "CodebookTensor", "NestedScales", "nest", "quantize"]
+__all__ = ["CODEBOOKS", "CodebookSpec", "CodebookTensor", "NestedScales", "nest", "quantize", "sorted_table"]
 
 NESTED_BLOCK = 256
 """Block maxima that share one maximum of their own under double quantization."""
@@ -78,8 +78,8 @@ class CodebookSpec:
         return self.bits + scales / (out_features * in_features)
 
     def with_scale_dtype(self, dtype: torch.dtype) -> CodebookSpec:
-        """The same format: its maxima are float32 whatever the model's dtype."""
-        return self
+        """The same format, its values in ``dtype`` where they are written out; its maxima are float32 all the same."""
+        return replace(self, scale_dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +161,16 @@ def quantize(weight: torch.Tensor, spec: CodebookSpec) -> CodebookTensor:
         raise NumericsError("a weight is NaN or infinite: the source checkpoint is damaged")
     # times the inverse, as bitsandbytes does: a quotient would round otherwise at the edges between two codes
     scaled = (padded * (1.0 / maxima.clamp_min(_SMALLEST))[:, None]).clamp_(-1, 1).flatten()[: flat.shape[0]]
-    table = torch.tensor(CODEBOOKS[spec.codebook], device=weight.device)
-    ordered, codes = torch.sort(table, stable=True)
-    nearest = torch.bucketize(scaled, (ordered[1:] + ordered[:-1]) / 2)
+    _, codes, bounds = (part.to(weight.device) for part in sorted_table(spec.codebook))
+    nearest = torch.bucketize(scaled, bounds)
     absmax = nest(maxima) if spec.double_quant else maxima
     return CodebookTensor(spec, codes[nearest].to(torch.uint8).view(weight.shape), absmax)
+
+
+def sorted_table(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The values of a codebook rising, float32 ``[16]``, their codes, int64, and the bounds between them, ``[15]``."""
+    ordered, codes = torch.sort(torch.tensor(CODEBOOKS[name]), stable=True)
+    return ordered, codes, (ordered[1:] + ordered[:-1]) / 2
 
 
 def dynamic_table() -> torch.Tensor:

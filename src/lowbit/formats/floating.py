@@ -47,7 +47,10 @@ E4M3_MAX = 448.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the E2M1 codes 0 to 7; bit 3 is the sign."""
 
-_MAXIMA: Mapping[Element, float] = {"e4m3": E4M3_MAX, "e2m1": E2M1_VALUES[-1]}
+MINIFLOATS: Mapping[Element, tuple[int, int]] = {"e4m3": (3, -6), "e2m1": (1, 0)}
+"""Bits of the mantissa, and the exponent of the smallest normal number."""
+MAXIMA: Mapping[Element, float] = {"e4m3": E4M3_MAX, "e2m1": E2M1_VALUES[-1]}
+"""The largest element."""
 _BLOCK = 128
 _FP8 = re.compile(r"fp8-(?:g(?P<group>[1-9]\d*)|(?P<whole>channel|tensor|block))")
 
@@ -67,7 +70,7 @@ class FloatSpec:
     scale_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if self.element not in _MAXIMA:
+        if self.element not in MAXIMA:
             raise UsageError(f"unknown floating-point element {self.element!r}: use e4m3 or e2m1")
         if self.group_size < PER_CHANNEL:
             raise UsageError(f"group_size must be positive, -1 (per channel) or 0 (per tensor), not {self.group_size}")
@@ -89,7 +92,7 @@ class FloatSpec:
     @property
     def maximum(self) -> float:
         """The largest element."""
-        return _MAXIMA[self.element]
+        return MAXIMA[self.element]
 
     def groups(self, in_features: int) -> int:
         """Number of scales along ``in_features`` columns (ragged last group counted)."""

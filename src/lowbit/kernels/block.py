@@ -20,7 +20,9 @@ class Block:
     ``groups``    int32 ``[width]``: the column of ``scales`` that each column of the block belongs to
     ``codes``     uint8 ``[out, in]``: written
     ``residual``  float32 ``[out, in]``: the original weights, from which the quantized ones are subtracted
-    ``element``   the small float that a weight over its scale is rounded to; None: an integer code
+    ``grid``      what a weight over its scale is rounded to: an integer code (None), a small float, or one of a rising
+                  table of values, float32 ``[n]``, whose index is the code
+    ``keep``      float32 ``[out, width]``: 1, or 0 where a weight becomes zero; None: all stay
     """
 
     start: int
@@ -30,4 +32,5 @@ class Block:
     groups: torch.Tensor
     codes: torch.Tensor
     residual: torch.Tensor
-    element: Element | None = None
+    grid: Element | torch.Tensor | None = None
+    keep: torch.Tensor | None = None

@@ -314,8 +314,6 @@ def _refuse_unprunable(name: str, entry: ModulePlan) -> None:
     reasons = []
     if METHODS[entry.method].scope == "block":
         reasons.append(f"method {entry.method} moves codes off zero: use gptq, gptaq or rtn")
-    if METHODS[entry.method].masks and not isinstance(entry.spec, IntSpec):
-        reasons.append(f"method {entry.method} solves for integers under a mask, not {entry.spec}: use --method rtn")
     if isinstance(entry.spec, IntSpec) and entry.spec.has_float_zeros:
         reasons.append(f"{entry.spec} has no code for zero: use a symmetric format, e.g. --sym")
     if reasons:

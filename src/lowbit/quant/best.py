@@ -30,6 +30,7 @@ CANDIDATES = ("rtn", "hqq", "awq", "gptq", "gptaq")
 DEFAULT_BUDGET = "30m"
 _T = TypeVar("_T")
 _ROWS = 512
+_START = 0.2
 _COMPARISON = "comparison"
 _TIME = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[smh]?)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -68,8 +69,9 @@ def parse_budget(text: str) -> float:
 class Pace:
     """Whether there is time for one more candidate.
 
-    Every weight has the same share of the budget ``seconds``; what is not used is there for the weights to come. A
-    candidate that would take longer than that, at what it took per weight so far, is not begun.
+    A fifth of the budget ``seconds`` is there from the beginning, for what is slow only once; of the rest every weight
+    has the same share. What is not used is there for the weights to come. A candidate that would take longer, at what
+    it took per weight so far, is not begun.
 
     ``weights``  all weights of the run that have a choice
     ``spent``    seconds already spent, of which other processes may have spent some (``--resume``)
@@ -91,7 +93,7 @@ class Pace:
     def allows(self, name: str, weights: int) -> bool:
         """Whether candidate ``name`` may be tried on ``weights`` weights, the next to be solved."""
         seconds, seen = self._rates.get(name, (0.0, 1))
-        due = self.seconds * min(1.0, (self.done + weights) / max(1, self.weights))
+        due = self.seconds * (_START + (1 - _START) * min(1.0, (self.done + weights) / max(1, self.weights)))
         return self.spent + seconds / seen * weights <= due
 
     def timed(self, name: str, weights: int, attempt: Callable[[], _T]) -> _T:

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 
 from lowbit.errors import UsageError
+from lowbit.formats.codebook import CodebookSpec
+from lowbit.formats.floating import FloatSpec
 from lowbit.formats.spec import IntSpec
 from lowbit.quant import gptq
 from lowbit.quant.gptq import Factor, GptqOptions
@@ -93,6 +95,12 @@ def target(weight: torch.Tensor, correction: Correction) -> torch.Tensor:
 
 
 @torch.no_grad()
-def solve(weight: torch.Tensor, correction: Correction, spec: IntSpec, options: GptaqOptions) -> Solution:
-    """Quantize ``weight`` float ``[out, in]`` (left unchanged)."""
-    return gptq.solve(target(weight, correction), correction.factor, spec, options.gptq())
+def solve(
+    weight: torch.Tensor,
+    correction: Correction,
+    spec: IntSpec | FloatSpec | CodebookSpec,
+    options: GptaqOptions,
+    keep: torch.Tensor | None = None,
+) -> Solution:
+    """Quantize ``weight`` float ``[out, in]`` (left unchanged), to zero where ``keep`` is False."""
+    return gptq.solve(target(weight, correction), correction.factor, spec, options.gptq(), keep)

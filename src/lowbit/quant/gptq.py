@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from lowbit.errors import NumericsError, UsageError
+from lowbit.formats.codebook import CodebookSpec, CodebookTensor, nest, sorted_table
 from lowbit.formats.floating import Element, FloatSpec, FloatTensor, stored_scale_values
 from lowbit.formats.floating import encode as encode_floats
 from lowbit.formats.spec import PER_CHANNEL, IntSpec
@@ -31,6 +32,7 @@ from lowbit.quant.statistics import InputStatistics
 __all__ = ["Factor", "GptqOptions", "factorise", "solve"]
 
 
+_SMALLEST = 1e-38
 _SPAN = 512
 """Columns whose corrections from further left are one product: wide products run faster than narrow ones."""
 
@@ -122,21 +124,33 @@ def _ordered(statistics: InputStatistics, order: torch.Tensor | None) -> torch.T
 
 
 @torch.no_grad()
-def solve(weight: torch.Tensor, factor: Factor, spec: IntSpec | FloatSpec, options: GptqOptions) -> Solution:
-    """Quantize ``weight`` float ``[out, in]`` (left unchanged). Raises :class:`NumericsError` if it is not finite."""
+def solve(
+    weight: torch.Tensor,
+    factor: Factor,
+    spec: IntSpec | FloatSpec | CodebookSpec,
+    options: GptqOptions,
+    keep: torch.Tensor | None = None,
+) -> Solution:
+    """Quantize ``weight`` float ``[out, in]`` (left unchanged). Raises :class:`NumericsError` if it is not finite.
+
+    Where ``keep`` (bool, like ``weight``) is False the result is zero; what a zero takes away is an error like that of
+    rounding, made up for by the columns solved after it. Ranges are then chosen beforehand from the weights that stay.
+    """
     columns = weight.shape[1]
     if factor.upper.shape[0] != columns:
         raise NumericsError(f"weight has {columns} columns, the statistics of its input {factor.upper.shape[0]}")
     weight = weight.to(torch.float32, copy=True)
     if bool(factor.dead.any()):
         weight[:, factor.dead] = 0.0
-    solved: QuantizedTensor | FloatTensor
+    solved: QuantizedTensor | FloatTensor | CodebookTensor
     if isinstance(spec, FloatSpec):
-        solved = _solve_floats(weight, factor, spec, options)
-    elif spec.group_size > 0 and factor.order is None:
+        solved = _solve_floats(weight, factor, spec, options, keep)
+    elif isinstance(spec, CodebookSpec):
+        solved = _solve_codebook(weight, factor, spec, options, keep)
+    elif spec.group_size > 0 and factor.order is None and keep is None:
         solved = _solve_growing(weight, factor, spec, options)
     else:
-        solved = _solve_fixed(weight, factor, spec, options)
+        solved = _solve_fixed(weight, factor, spec, options, keep)
     notes: tuple[str, ...] = ()
     if factor.damping > options.damping:
         notes = (f"damping raised from {options.damping:g} to {factor.damping:g} for the factorisation to hold",)
@@ -173,59 +187,107 @@ def _solve_growing(weight: torch.Tensor, factor: Factor, spec: IntSpec, options:
     return QuantizedTensor(spec, run.codes, torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None)
 
 
-def _solve_fixed(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: GptqOptions) -> QuantizedTensor:
+def _solve_fixed(
+    weight: torch.Tensor, factor: Factor, spec: IntSpec, options: GptqOptions, keep: torch.Tensor | None
+) -> QuantizedTensor:
     """In the factor's order, all ranges chosen from the original weights beforehand."""
-    rows, columns = weight.shape
-    order = factor.order if factor.order is not None else torch.arange(columns, device=weight.device)
-    importance = torch.empty_like(weight[0])
-    importance[order] = factor.upper.diagonal().square()
-    scales, zeros = choose_grid(weight, spec, options.range_method, importance=importance)
-    grid = float_grid(scales, zeros, spec, rows)
+    kept = weight if keep is None else weight * keep
+    scales, zeros = choose_grid(kept, spec, options.range_method, importance=_importance(factor))
+    steps, points = float_grid(scales, zeros, spec, weight.shape[0])
+    order = _order(factor)
     groups = order // spec.group_size if spec.group_size > 0 else torch.zeros_like(order)
     run = _Run(weight[:, order] if factor.order is not None else weight, factor.upper, spec.levels)
-    for start in range(0, columns, options.block_size):
-        end = min(start + options.block_size, columns)
-        block = run.block(run.corrected(start, end), start, groups[start:end])
-        quantize_columns(block, *grid, 0, end - start)
-    codes = run.codes
-    if factor.order is not None:
-        codes = torch.empty_like(codes)
-        codes[:, order] = run.codes
-    return QuantizedTensor(spec, codes, scales, zeros)
+    run.solve(steps, points, groups, options.block_size, None if keep is None else keep[:, order].float())
+    return QuantizedTensor(spec, _in_place(run.codes, factor), scales, zeros)
 
 
-def _solve_floats(weight: torch.Tensor, factor: Factor, spec: FloatSpec, options: GptqOptions) -> FloatTensor:
+def _solve_floats(
+    weight: torch.Tensor, factor: Factor, spec: FloatSpec, options: GptqOptions, keep: torch.Tensor | None
+) -> FloatTensor:
     """In the factor's order, all scales chosen from the original weights beforehand."""
-    rows, columns = weight.shape
-    order = factor.order if factor.order is not None else torch.arange(columns, device=weight.device)
-    importance = torch.empty_like(weight[0])
-    importance[order] = factor.upper.diagonal().square()
     search = options.range_method != "minmax"
-    scales, whole = choose_scales(weight, spec, search=search, importance=importance)
+    kept = weight if keep is None else weight * keep
+    scales, whole = choose_scales(kept, spec, search=search, importance=_importance(factor))
+    rows = weight.shape[0]
     steps = stored_scale_values(scales, spec, whole).repeat_interleave(max(1, spec.rows), 0)[:rows].expand(rows, -1)
+    order = _order(factor)
     groups = order // spec.group_size if spec.group_size > 0 else torch.zeros_like(order)
     run = _Run(weight[:, order], factor.upper, 0, spec.element)
-    for start in range(0, columns, options.block_size):
-        end = min(start + options.block_size, columns)
-        block = run.block(run.corrected(start, end), start, groups[start:end])
-        quantize_columns(block, steps, steps, 0, end - start)
+    run.solve(steps.contiguous(), steps, groups, options.block_size, None if keep is None else keep[:, order].float())
     # What is left of a weight is how far it was moved; the values lie on the grid, so that their codes are certain.
-    moved = torch.empty_like(weight)
-    moved[:, order] = run.residual
-    return encode_floats(weight - moved, spec, scales, whole)
+    return encode_floats(weight - _in_place(run.residual, factor), spec, scales, whole)
+
+
+def _solve_codebook(
+    weight: torch.Tensor, factor: Factor, spec: CodebookSpec, options: GptqOptions, keep: torch.Tensor | None
+) -> CodebookTensor:
+    """In the factor's order, each block of the flattened matrix under the maximum of its original weights."""
+    rows, columns = weight.shape
+    padding = spec.blocks(rows, columns) * spec.group_size - weight.numel()
+    kept = weight if keep is None else weight * keep
+    maxima = torch.nn.functional.pad(kept.flatten(), (0, padding)).view(-1, spec.group_size).abs().amax(1)
+    if not bool(torch.isfinite(maxima).all()):
+        raise NumericsError("a weight is NaN or infinite: the source checkpoint is damaged")
+    table, codes, _ = (part.to(weight.device) for part in sorted_table(spec.codebook))
+    absmax = nest(maxima) if spec.double_quant else maxima
+    stored = maxima if isinstance(absmax, torch.Tensor) else absmax.values()
+    # a block may begin in the middle of a row, so that every weight has a scale of its own here
+    steps = stored.clamp_min(_SMALLEST).repeat_interleave(spec.group_size)[: weight.numel()].view(rows, columns)
+    order = _order(factor)
+    run = _Run(weight[:, order], factor.upper, 0, table)
+    run.solve(steps, steps, order, options.block_size, None if keep is None else keep[:, order].float())
+    return CodebookTensor(spec, codes[_in_place(run.codes, factor).long()].to(torch.uint8), absmax)
+
+
+def _order(factor: Factor) -> torch.Tensor:
+    """int64 ``[in]``: the column solved at each position."""
+    if factor.order is not None:
+        return factor.order
+    return torch.arange(factor.upper.shape[0], device=factor.upper.device)
+
+
+def _importance(factor: Factor) -> torch.Tensor:
+    """float32 ``[in]``: the share of each column's squared error in the output's, later columns having made up."""
+    return _in_place(factor.upper.diagonal().square()[None], factor)[0]
+
+
+def _in_place(values: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """Columns of ``values`` back from the factor's order."""
+    if factor.order is None:
+        return values
+    back = torch.empty_like(values)
+    back[:, factor.order] = values
+    return back
 
 
 class _Run:
     """The state of one solve: residuals left of the current block, original weights from it on, and the codes."""
 
-    def __init__(self, weight: torch.Tensor, upper: torch.Tensor, levels: int, element: Element | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, upper: torch.Tensor, levels: int, grid: Element | torch.Tensor | None = None
+    ) -> None:
         """Takes ``weight`` over as the residual of nothing quantized."""
         self.residual = weight.contiguous()
         self.upper = upper
         self.codes = torch.empty_like(self.residual, dtype=torch.uint8)
-        self.levels, self.element = levels, element
+        self.levels, self.grid = levels, grid
         self._span = 0
         self._carried = self.residual[:, :0]
+
+    def solve(
+        self,
+        steps: torch.Tensor,
+        points: torch.Tensor,
+        groups: torch.Tensor,
+        size: int,
+        keep: torch.Tensor | None,
+    ) -> None:
+        """Quantize all columns, ``size`` at a time, on ranges that stand; ``groups`` ``[in]`` names that of each."""
+        columns = self.residual.shape[1]
+        for start in range(0, columns, size):
+            end = min(start + size, columns)
+            block = self.block(self.corrected(start, end), start, groups[start:end], keep)
+            quantize_columns(block, steps, points, 0, end - start)
 
     def corrected(self, start: int, end: int) -> torch.Tensor:
         """Columns ``start .. end`` moved to cancel the error of all columns before ``start``; float32, contiguous."""
@@ -247,11 +309,21 @@ class _Run:
             return carried
         return torch.addmm(carried, self.residual[:, left:start], self.upper[left:start, start:end])
 
-    def block(self, current: torch.Tensor, start: int, groups: torch.Tensor | None = None) -> Block:
-        """The kernel's view of the columns of ``current``, which begin at ``start``; one group unless told."""
+    def block(
+        self,
+        current: torch.Tensor,
+        start: int,
+        groups: torch.Tensor | None = None,
+        keep: torch.Tensor | None = None,
+    ) -> Block:
+        """The kernel's view of the columns of ``current``, which begin at ``start``; one group unless told.
+
+        ``keep`` is float32 ``[out, in]``.
+        """
         end = start + current.shape[1]
         inverse = invert_upper(self.upper[start:end, start:end]).float().contiguous()
         if groups is None:
             groups = torch.zeros(end - start, dtype=torch.int32, device=current.device)
         groups = groups.to(torch.int32)
-        return Block(start, self.levels, current, inverse, groups, self.codes, self.residual, self.element)
+        kept = None if keep is None else keep[:, start:end].contiguous()
+        return Block(start, self.levels, current, inverse, groups, self.codes, self.residual, self.grid, kept)

@@ -10,10 +10,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from lowbit.errors import NumericsError
+from lowbit.formats.codebook import CodebookSpec
 from lowbit.formats.floating import FloatSpec
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.weights import WeightSpec
-from lowbit.quant import awq, best, gptaq, gptq, hqq, sparse
+from lowbit.quant import awq, best, gptaq, gptq, hqq
 from lowbit.quant.autoround import AutoRoundOptions
 from lowbit.quant.awq import AwqOptions
 from lowbit.quant.best import BestOptions, Pace
@@ -108,7 +109,7 @@ def _rtn(
 def _gptq(
     weight: torch.Tensor,
     statistics: InputStatistics | None,
-    spec: IntSpec,
+    spec: IntSpec | FloatSpec | CodebookSpec,
     options: GptqOptions,
     shared: _Shared,
     name: str,
@@ -118,15 +119,13 @@ def _gptq(
         raise NumericsError("gptq needs calibration inputs and has none: give more calibration text, or use rtn")
     if options not in shared:
         shared[options] = gptq.factorise(statistics, options)
-    if keep is not None:
-        return sparse.solve(weight, shared[options], spec, options, keep)
-    return gptq.solve(weight, shared[options], spec, options)
+    return gptq.solve(weight, shared[options], spec, options, keep)
 
 
 def _gptaq(
     weight: torch.Tensor,
     statistics: InputStatistics | None,
-    spec: IntSpec,
+    spec: IntSpec | FloatSpec | CodebookSpec,
     options: GptaqOptions,
     shared: _Shared,
     name: str,
@@ -136,10 +135,7 @@ def _gptaq(
         raise NumericsError("gptaq needs calibration inputs and has none: give more calibration text, or use rtn")
     if options not in shared:
         shared[options] = gptaq.prepare(statistics, options)
-    if keep is not None:
-        correction = shared[options]
-        return sparse.solve(gptaq.target(weight, correction), correction.factor, spec, options.gptq(), keep)
-    return gptaq.solve(weight, shared[options], spec, options)
+    return gptaq.solve(weight, shared[options], spec, options, keep)
 
 
 def _awq(
@@ -237,8 +233,10 @@ def _with_zero_points(spec: WeightSpec) -> list[str]:
     return [f"it solves for zero points, and {spec} has none: use --scheme int4-g64-affine, or --asym"]
 
 
-def _integers_and_floats(spec: WeightSpec) -> list[str]:
-    return [] if isinstance(spec, FloatSpec) else _integers(spec)
+def _with_zero(spec: WeightSpec) -> list[str]:
+    if isinstance(spec, FloatSpec | CodebookSpec) or (isinstance(spec, IntSpec) and not spec.has_float_zeros):
+        return []
+    return [f"it solves for integers, small floats and tables, not {spec}: use --method rtn, or e.g. --scheme W4A16"]
 
 
 METHODS: Mapping[str, Method] = {
@@ -248,7 +246,7 @@ METHODS: Mapping[str, Method] = {
         GptqOptions,
         needs_statistics=True,
         solver=_gptq,
-        supports=_integers_and_floats,
+        supports=_with_zero,
         masks=True,
     ),
     "gptaq": Method(
@@ -256,7 +254,7 @@ METHODS: Mapping[str, Method] = {
         GptaqOptions,
         needs_statistics=True,
         solver=_gptaq,
-        supports=_integers,
+        supports=_with_zero,
         needs_reference=True,
         masks=True,
     ),

@@ -16,16 +16,12 @@ from typing import TypeAlias
 import torch
 
 from lowbit.errors import NumericsError, UsageError
-from lowbit.formats.spec import IntSpec
-from lowbit.formats.tensor import QuantizedTensor
 from lowbit.quant import gptq
 from lowbit.quant.factor import invert_upper
 from lowbit.quant.gptq import Factor, GptqOptions
-from lowbit.quant.ranges import choose_grid, float_grid
-from lowbit.quant.solution import Solution
 from lowbit.quant.statistics import InputStatistics
 
-__all__ = ["DEFAULT_PRUNER", "PRUNERS", "Pruned", "Sparsity", "parse_sparsity", "solve"]
+__all__ = ["DEFAULT_PRUNER", "PRUNERS", "Pruned", "Sparsity", "parse_sparsity"]
 
 _BLOCK = 128
 _PATTERN = re.compile(r"(?P<kept>\d+):(?P<of>\d+)|(?P<share>\d+(?:\.\d+)?)%")
@@ -119,37 +115,6 @@ def sparsegpt(weight: torch.Tensor, statistics: InputStatistics | None, sparsity
     block = _BLOCK - _BLOCK % sparsity.of if sparsity.of else _BLOCK
     result = _sweep(original, factor, block, prune_column)
     return Pruned(result, keep, made_up=True)
-
-
-@torch.no_grad()
-def solve(weight: torch.Tensor, factor: Factor, spec: IntSpec, options: GptqOptions, keep: torch.Tensor) -> Solution:
-    """GPTQ under a mask: zero where ``keep`` (bool, like ``weight`` ``[out, in]``) is False.
-
-    What a zero takes away is an error like that of rounding, made up for by the columns solved after it. All ranges are
-    chosen beforehand from the weights that stay. Raises :class:`NumericsError` if the weight is not finite.
-    """
-    rows, columns = weight.shape
-    order = torch.arange(columns, device=weight.device) if factor.order is None else factor.order
-    original = weight.to(torch.float32, copy=True)
-    original[:, factor.dead] = 0.0
-    importance = torch.empty_like(original[0])
-    importance[order] = factor.upper.diagonal().square()
-    scales, zeros = choose_grid(original * keep, spec, options.range_method, importance=importance)
-    steps, points = float_grid(scales, zeros, spec, rows)
-    groups = order // spec.group_size if spec.group_size > 0 else torch.zeros_like(order)
-    mask = keep[:, order].float()
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-
-    def round_column(start: int, inside: int, current: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        column = start + inside
-        step, zero = steps[:, groups[column]], points[:, groups[column]]
-        code = ((current[:, inside] / step).round() + zero).clamp(0, spec.levels - 1) - zero
-        code = code * mask[:, column]
-        codes[:, order[column]] = (code + zero).to(torch.uint8)
-        return code * step
-
-    _sweep(original[:, order], factor, options.block_size, round_column)
-    return Solution(QuantizedTensor(spec, codes, scales, zeros), factor.damping)
 
 
 def _sweep(
