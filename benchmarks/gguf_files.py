@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--schemes", nargs="+", help="of the parts `model` and `kl`")
     parser.add_argument("--repeats", type=int, default=3, help="of each process of `model`; the fastest counts")
     parser.add_argument("--alone", action="store_true", help="of `model`: lowbit and the copy only")
-    parser.add_argument("--kl-tokens", type=int, default=16384)
+    parser.add_argument("--kl-tokens", type=int, default=8192)
+    parser.add_argument("--draws", type=int, default=8, help="of `kl`: models")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-gguf", help="scratch; kept between runs")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench-gguf.json")
@@ -229,36 +231,56 @@ def _copy_seconds(source: Path, result: Path, scratch: Path) -> float:
 
 
 def kl(options: argparse.Namespace, peer: Path) -> list[dict[str, Any]]:
-    """KL divergence from the embedded model of both systems' files, made with the same importance matrix."""
-    work, rows = options.work, []
-    imatrix, dense = work / "demo.imatrix.gguf", work / "demo-f32.gguf"
-    if not imatrix.is_file():
-        _measured(_lowbit("imatrix", "demo", imatrix), work / "imatrix.log", options.threads)
-    _measured(_lowbit("convert", "demo", dense, "--dtype", "f32"), work / "convert.log", options.threads)
-    print(f"\nKL divergence from the embedded model over {options.kl_tokens} held-out tokens, same importance matrix")
-    print(f"{'scheme':8} {'lowbit':>10} {'llama.cpp':>10} {'ratio':>7} {'bytes':>7}")
+    """KL divergence of both systems' files from the model they were made of, with the same importance matrix.
+
+    One model is one draw: how its weights happen to lie on the grid decides more than a good encoder gains. So the
+    embedded model is drawn ``--draws`` times, with noise and another sample of text each time; ratios are averaged.
+    """
+    draws = [_draw(options, number) for number in range(options.draws)]
+    rows = []
+    print(f"\nKL divergence from {len(draws)} draws of the embedded model, {options.kl_tokens} held-out tokens")
+    print(f"{'scheme':8} {'lowbit':>10} {'llama.cpp':>10} {'ratio':>7} {'+-':>7} {'bytes':>7}")
     for scheme in options.schemes or KL_SCHEMES:
-        own, theirs = work / f"kl-lowbit-{scheme}.gguf", work / f"kl-llamacpp-{scheme}.gguf"
-        command = _lowbit("quantize", "demo", own, "--scheme", scheme, "--imatrix", imatrix, "--certify-tokens", 0)
-        _measured(command, work / "lowbit.log", options.threads)
-        command = [peer, PEERS / "llamacpp_peer.py", dense, theirs, "--type", scheme, "--imatrix", imatrix]
-        _measured(command, work / "quantize.log", options.threads)
-        divergences = list(_divergences((own, theirs), options))
-        sizes = own.stat().st_size / theirs.stat().st_size
-        ratio = divergences[0] / divergences[1]
-        print(f"{scheme:8} {divergences[0]:10.5f} {divergences[1]:10.5f} {ratio:7.3f} {sizes:7.4f}", flush=True)
-        rows.append({"scheme": scheme, "lowbit": divergences[0], "llama.cpp": divergences[1], "ratio": ratio})
+        found = [_divergences(scheme, *draw, options, peer) for draw in draws]
+        ratios = [own / theirs for own, theirs, _ in found]
+        error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
+        own, theirs, sizes = (statistics.fmean(column) for column in zip(*found, strict=True))
+        row = {"scheme": scheme, "lowbit": own, "llama.cpp": theirs, "ratio": statistics.fmean(ratios), "se": error}
+        print(f"{scheme:8} {own:10.5f} {theirs:10.5f} {row['ratio']:7.3f} {error:7.3f} {sizes:7.4f}", flush=True)
+        rows.append({**row, "ratios": ratios})
     return rows
 
 
-def _divergences(files: tuple[Path, ...], options: argparse.Namespace) -> Iterator[float]:
-    for file in files:
-        report = options.work / "eval.json"
-        command: list[object] = [sys.executable, "-m", "lowbit", "eval", file, "--against", "demo", "--text", "demo"]
+def _draw(options: argparse.Namespace, number: int) -> tuple[Path, Path, Path]:
+    """A copy of the embedded model with noise, its floats as GGUF, its importance matrix; made unless there."""
+    model = options.work / f"draw-{number}"
+    dense, imatrix = model.with_suffix(".f32.gguf"), model.with_suffix(".imatrix.gguf")
+    log = options.work / "draw.log"
+    if not imatrix.is_file():
+        shutil.rmtree(model, ignore_errors=True)
+        _measured([sys.executable, PEERS / "workload.py", "shaken", model, "--seed", number], log, options.threads)
+        _measured(_lowbit("convert", model, dense, "--dtype", "f32"), log, options.threads)
+        text = ["--calibration", "demo", "--samples", 64, "--seq-len", 512, "--seed", number]
+        _measured(_lowbit("imatrix", model, imatrix, *text), log, options.threads)
+    return model, dense, imatrix
+
+
+def _divergences(
+    scheme: str, model: Path, dense: Path, imatrix: Path, options: argparse.Namespace, peer: Path
+) -> tuple[float, float, float]:
+    """lowbit's divergence and llama.cpp's, and the ratio of the files' sizes."""
+    own, theirs = options.work / f"kl-lowbit-{scheme}.gguf", options.work / f"kl-llamacpp-{scheme}.gguf"
+    command = _lowbit("quantize", model, own, "--scheme", scheme, "--imatrix", imatrix, "--certify-tokens", 0)
+    _measured(command, options.work / "lowbit.log", options.threads)
+    command = [peer, PEERS / "llamacpp_peer.py", dense, theirs, "--type", scheme, "--imatrix", imatrix]
+    _measured(command, options.work / "quantize.log", options.threads)
+    report, found = options.work / "eval.json", []
+    for file in (own, theirs):
+        command = [sys.executable, "-m", "lowbit", "eval", file, "--against", model, "--text", "demo"]
         command += ["--max-tokens", options.kl_tokens, "--device", "cpu", "--json", report, "--quiet"]
         _measured(command, options.work / "eval.log", options.threads)
-        yield float(json.loads(report.read_text())["kl_divergence"])
-        report.unlink()
+        found.append(float(json.loads(report.read_text())["kl_divergence"]))
+    return found[0], found[1], own.stat().st_size / theirs.stat().st_size
 
 
 PARTS = {"types": types, "model": model, "kl": kl}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ STD = 0.02
 
 
 def main() -> None:
-    """Run one of the three commands."""
+    """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     checkpoint = commands.add_parser("checkpoint")
@@ -74,6 +75,9 @@ def main() -> None:
     tokens.add_argument("--samples", type=int, required=True)
     tokens.add_argument("--seq-len", type=int, required=True)
     tokens.add_argument("--out", type=Path, required=True)
+    shaken = commands.add_parser("shaken")
+    shaken.add_argument("directory", type=Path)
+    shaken.add_argument("--seed", type=int, required=True)
     machine = commands.add_parser("machine")
     machine.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
@@ -82,6 +86,8 @@ def main() -> None:
         write_checkpoint(options.directory, options.shape, layers, options.dtype, pieces=options.tokenizer == "pieces")
     elif options.command == "tokens":
         print(write_tokens(options.directory, options.text, options.samples, options.seq_len, options.out))
+    elif options.command == "shaken":
+        write_shaken(options.directory, options.seed)
     else:
         print(json.dumps(measure_machine(options.threads)))
 
@@ -144,6 +150,28 @@ def write_checkpoint(directory: Path, shape: str, layers: int, dtype: str, *, pi
     else:
         _write_tokenizer(directory, config.vocab_size)
     config.save_pretrained(directory)
+
+
+def write_shaken(directory: Path, seed: int) -> None:
+    """The embedded model in float32, every matrix with noise of 3 % of each row's standard deviation.
+
+    It is as good a model, whose weights lie otherwise between the points of every grid: another draw for quantizers.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    import lowbit.demo
+
+    source = Path(lowbit.demo.__file__).parent / "model"
+    shutil.copytree(source, directory)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    for tensor in tensors.values():
+        if tensor.ndim == 2:
+            tensor += 0.03 * tensor.std(dim=-1, keepdim=True) * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
 
 
 def _write_tokenizer(directory: Path, vocabulary: int) -> None:
