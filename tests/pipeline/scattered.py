@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+import io
 import pickle
 import random
 import threading
@@ -14,6 +16,7 @@ import torch
 
 from lowbit.errors import ResourceError
 from lowbit.pipeline.executor import WorkerLostError
+from lowbit.pipeline.transport import reduce_tensor
 
 _ONE_AT_A_TIME = threading.Lock()
 """What workers intercept is a process's own, and they share one here."""
@@ -39,15 +42,24 @@ class _Thread:
         given = [pickle.loads(a.result()) if isinstance(a, Future) else copied(a) for a in arguments]
         with _ONE_AT_A_TIME, torch.no_grad():
             if not self.dead:
-                value = pickle.dumps(function(*given))
+                value = dumped(function(*given))
         if self.dead:
             raise WorkerLostError("killed")
         return value
 
 
+def dumped(value: Any) -> bytes:
+    """``value`` as it is sent."""
+    sent = io.BytesIO()
+    pickler = pickle.Pickler(sent, protocol=5)
+    pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: reduce_tensor}
+    pickler.dump(value)
+    return sent.getvalue()
+
+
 def copied(value: Any) -> Any:
     """What arrives of ``value`` on another machine."""
-    return pickle.loads(pickle.dumps(value))
+    return pickle.loads(dumped(value))
 
 
 class Scattered:
@@ -79,7 +91,7 @@ class Scattered:
 
     def share(self, value: Any) -> Any:
         future: Future[bytes] = Future()
-        future.set_result(pickle.dumps(value))
+        future.set_result(dumped(value))
         return future
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:

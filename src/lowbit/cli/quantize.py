@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lowbit.cli.options import (
@@ -22,6 +25,7 @@ from lowbit.cli.output import human_bytes, human_seconds, plain, print_fields, w
 from lowbit.cli.progress import shown_progress
 
 if TYPE_CHECKING:
+    from lowbit.pipeline.executor import Executor
     from lowbit.pipeline.quantize import QuantizeResult
 
 HELP = "quantize a checkpoint, block by block, in bounded memory; to a GGUF file if OUT ends in .gguf"
@@ -36,6 +40,7 @@ EXAMPLES = """\
   lowbit quantize ./Qwen3-8B ./out --bits 8 --group-size -1 --skip '.*down_proj' --target vllm==0.32
   lowbit quantize ./Qwen3-8B Qwen3-8B-Q4_K_M.gguf --scheme Q4_K_M --imatrix auto --calibration chats.jsonl
   lowbit quantize ./Qwen3-8B Qwen3-8B.gguf --scheme IQ3_XS --imatrix model.imatrix.gguf --type ffn_down=Q4_K
+  lowbit quantize ./Qwen3-8B ./out --ray HEAD:6379   # on the workers of a Ray cluster, to the same bytes
   lowbit quantize ./Qwen3-8B ./out --resume          # go on after a crash or a kill"""
 
 
@@ -141,6 +146,11 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
     add_compute_arguments(group)
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="calibrate and solve on the workers of a Ray cluster: auto, HOST:6379, or local to begin one",
+    )
     again = group.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     again.add_argument("--overwrite", action="store_true", help="replace OUT and forget an interrupted run")
@@ -153,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Quantize and say what was written."""
     from lowbit.evaluation.certify import quantize
 
-    with shown_progress(quiet=arguments.quiet) as progress:
+    with on_cluster(arguments) as executor, shown_progress(quiet=arguments.quiet) as progress:
         result = quantize(
             arguments.source,
             arguments.out,
@@ -191,6 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
             allow_pickle=arguments.allow_pickle,
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,
+            executor=executor,
         )
     if arguments.json:
         write_json({name: value for name, value in plain(result).items() if name != "held_out"})
@@ -198,6 +209,22 @@ def run(arguments: argparse.Namespace) -> int:
         print_fields(summary(result))
         print(f"next: lowbit eval {result.out} --against {arguments.source}")
     return 0
+
+
+@contextmanager
+def on_cluster(arguments: argparse.Namespace) -> Iterator[Executor | None]:
+    """The workers of ``--ray``; None without it."""
+    if arguments.ray is None:
+        yield None
+        return
+    from lowbit.ops.ray_cluster import require_ray
+    from lowbit.ops.ray_quantize import RayExecutor
+
+    require_ray()
+    with RayExecutor(arguments.ray) as executor:
+        if not arguments.quiet:
+            print(f"workers: {executor.workers}, {executor.threads} threads each", file=sys.stderr)
+        yield executor
 
 
 def summary(result: QuantizeResult) -> dict[str, str]:

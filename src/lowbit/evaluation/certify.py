@@ -14,6 +14,7 @@ from lowbit.checkpoint import update_quality
 from lowbit.errors import UsageError
 from lowbit.evaluation.evaluate import evaluate
 from lowbit.evaluation.results import Evaluation
+from lowbit.pipeline.executor import Executor
 from lowbit.pipeline.gguf import GGUF_ONLY, is_for_gguf, quantize_gguf
 from lowbit.pipeline.progress import Progress
 from lowbit.pipeline.quantize import QuantizeResult
@@ -68,6 +69,7 @@ class QuantizeSettings(TypedDict, total=False):
     trust_remote_code: bool
     resume: bool
     overwrite: bool
+    executor: Executor | None
 
 
 def quantize(
@@ -109,6 +111,8 @@ def _run(source: str | Path, out: str | Path, **settings: Any) -> QuantizeResult
     if is_for_gguf(out, settings.get("scheme"), settings.get("format")):
         if settings.get("format") == "gguf":
             del settings["format"]
+        if settings.pop("executor", None) is not None:
+            raise UsageError("--ray: a GGUF file is made on this machine: leave --ray out, or write a directory")
         return quantize_gguf(source, out, **settings)
     for name in GGUF_ONLY:
         if settings.pop(name, None):

@@ -18,6 +18,7 @@ from lowbit import __version__
 from lowbit.errors import LowbitError, ResourceError, UnsupportedError
 from lowbit.ops.ray_cluster import connect
 from lowbit.pipeline.executor import WorkerLostError
+from lowbit.pipeline.transport import packed, unpacked
 
 __all__ = ["RayExecutor", "Worker"]
 
@@ -34,10 +35,18 @@ def facts() -> dict[str, str]:
     }
 
 
+def register_tensors() -> None:
+    """Send tensors as :mod:`lowbit.pipeline.transport` packs them, from this process on."""
+    import ray.util
+
+    ray.util.register_serializer(torch.Tensor, serializer=packed, deserializer=unpacked)
+
+
 class Worker:
     """One process of the cluster: it runs functions and keeps objects."""
 
     def __init__(self, threads: int) -> None:
+        register_tensors()
         torch.set_num_threads(threads)
         self._kept: dict[int, Any] = {}
 
@@ -74,32 +83,41 @@ class Worker:
 class RayExecutor:
     """As many workers as the cluster has room for, up to ``most`` (None: all of it); to be used in a ``with``.
 
-    Each takes as many processors as this process computes with threads, and a GPU where ``device`` is cuda. Raises
+    Each takes as many processors as this process computes with threads. Raises
     :class:`UnsupportedError` without Ray and for workers that differ from this process, :class:`ResourceError` when no
     worker can start, and :class:`lowbit.errors.UsageError` where no cluster answers.
     """
 
     apart = True
 
-    def __init__(self, address: str, *, device: str = "cpu", most: int | None = None) -> None:
+    def __init__(self, address: str, *, most: int | None = None) -> None:
         connect(address)
         import ray
 
+        register_tensors()
         self._ray = ray
-        self._threads = torch.get_num_threads()
-        self._gpus = 1 if device == "cuda" else 0
+        self.threads = torch.get_num_threads()
         self._numbers = itertools.count()
         self._live: list[Any] = []
         self._joining: dict[Any, Any] = {}
+        try:
+            self._begin_all(address, most)
+        except LowbitError:
+            self.__exit__()
+            raise
+
+    def _begin_all(self, address: str, most: int | None) -> None:
         room = self._room() if most is None else min(most, self._room())
         if room == 0:
             raise ResourceError(
-                f"--ray {address}: no node has {self._threads} processors{' and a GPU' if self._gpus else ''}, which "
-                "this process computes with: set OMP_NUM_THREADS to fewer, for the same result in a run without --ray"
+                f"--ray {address}: no node has {self.threads} processors, as many as this process computes with: "
+                "set OMP_NUM_THREADS to fewer (a run without --ray gives the same bytes with the same number)"
             )
         for _ in range(room):
             self._begin()
         self._admit(_PATIENCE)
+        if not self._live:
+            raise ResourceError(f"--ray {address}: no worker came up in {_PATIENCE:.0f} s: are its processors in use?")
 
     def __enter__(self) -> RayExecutor:
         return self
@@ -111,25 +129,20 @@ class RayExecutor:
         self._ray.shutdown()
 
     def _room(self) -> int:
-        """Workers that the nodes have processors (and GPUs) for, whether or not they are in use."""
-        found = 0
-        for node in self._ray.nodes():
-            if node["Alive"]:
-                fits = int(node["Resources"].get("CPU", 0)) // self._threads
-                found += min(fits, int(node["Resources"].get("GPU", 0))) if self._gpus else fits
-        return found
+        """Workers that the nodes have processors for, whether or not they are in use."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return sum(int(resources.get("CPU", 0)) // self.threads for resources in nodes)
 
     def _begin(self) -> None:
-        threads = str(self._threads)
+        threads = str(self.threads)
         worker = (
             self._ray.remote(Worker)
             .options(
-                num_cpus=self._threads,
-                num_gpus=self._gpus,
+                num_cpus=self.threads,
                 scheduling_strategy="SPREAD",
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}},
             )
-            .remote(self._threads)
+            .remote(self.threads)
         )
         self._joining[worker.facts.remote()] = worker
 

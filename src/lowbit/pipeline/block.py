@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,60 +13,30 @@ from torch import nn
 from lowbit.checkpoint import Checkpoint
 from lowbit.codecs import Codec, read_dense
 from lowbit.codecs.names import owner
-from lowbit.errors import NumericsError
-from lowbit.formats import QuantizedTensor, Scheme, WeightTensor
-from lowbit.pipeline.attempts import Attempt, better, options_of, prune, rows_of, units
+from lowbit.formats import QuantizedTensor, WeightTensor
+from lowbit.pipeline.attempts import options_of
+from lowbit.pipeline.executor import Executor, Here, Ref, insist
 from lowbit.pipeline.experts import UnfusedExperts
-from lowbit.pipeline.folding import Fold, Folds, divided, folded
+from lowbit.pipeline.folding import Folds, divided
 from lowbit.pipeline.inputs import InputScales, RoundingLinear
-from lowbit.pipeline.kv_scales import CacheRange, intercepted_attention
+from lowbit.pipeline.kv_scales import CacheRange
 from lowbit.pipeline.progress import Progress, Silent
 from lowbit.pipeline.recipe import ModulePlan, Recipe
 from lowbit.pipeline.refine import Learnable, refine
-from lowbit.pipeline.stages import Group, Reference, Stage, StagedForward, discover_stages, split_stages
+from lowbit.pipeline.shard import Load, Placed
+from lowbit.pipeline.shards import Shards
+from lowbit.pipeline.solving import ModuleReport, Problem, Result, Solved, joined_weight, search, solve, solve_part
+from lowbit.pipeline.stages import Group, Stage, discover_stages, split_stages
 from lowbit.pipeline.streamed import StreamedModel, model_dtype
-from lowbit.quant import METHODS, AutoRoundOptions, InputStatistics, Pace, PairedStatistics, output_error, weight_error
+from lowbit.quant import METHODS, AutoRoundOptions, Pace, weight_error
 from lowbit.quant.methods import Options
-from lowbit.quant.solution import Solution
-from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
+
+__all__ = ["Beside", "BlockQuantizer", "Load", "ModuleReport"]
 
 STARVED_SHARE = 0.005
 """An expert that saw less than this share of the calibration tokens is solved without statistics."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleReport:
-    """What happened to one linear; ``error`` is the relative squared output error, None without statistics.
-
-    ``zeros`` is the share of weights that are zero, of pruned ones. Where there was a choice of methods, ``candidates``
-    are the errors of those that were tried (:class:`lowbit.quant.Solution`), ``left_out`` the others, and ``method``
-    the one that was chosen.
-    """
-
-    name: str
-    spec: str
-    method: str
-    bits_per_weight: float
-    weights: int
-    weight_error: float
-    error: float | None = None
-    tokens: int = 0
-    damping: float | None = None
-    scaled: bool = False
-    zeros: float | None = None
-    starved: bool = False
-    dropped: int = 0
-    candidates: Mapping[str, float] | None = None
-    left_out: Sequence[str] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields that are set, for the manifest and the journal."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return {key: value for key, value in values.items() if value not in (None, False) or key == "weight_error"}
-
-
-Load = Callable[[], torch.Tensor]
-"""Reads one batch of hidden states."""
 OnOutput = Callable[[int, torch.Tensor], None]
 """Gets the outputs of a batch."""
 
@@ -88,7 +57,7 @@ class BlockQuantizer:
     """Quantizes the planned linears of one block while its forward runs.
 
     ``plans`` maps names relative to the block to what is planned for them; linears without a plan stay dense.
-    ``pace`` limits methods that try others (None: no limit).
+    ``pace`` limits methods that try others (None: no limit); ``executor`` has the workers (None: this process).
     """
 
     def __init__(
@@ -101,7 +70,9 @@ class BlockQuantizer:
         calibration_tokens: int,
         progress: Progress | None = None,
         pace: Pace | None = None,
+        executor: Executor | None = None,
     ) -> None:
+        self.executor: Executor = executor or Here()
         self.model = model
         self.index = index
         self.pace = pace or Pace.unlimited()
@@ -112,7 +83,6 @@ class BlockQuantizer:
         self.calibration_tokens = calibration_tokens
         self.progress = progress or Silent()
         self.reports: list[ModuleReport] = []
-        self._statistics: dict[Group, InputStatistics] = {}
         self._solved: dict[str, WeightTensor] = {}
         self._input_scales = InputScales()
         self._cache_ranges: dict[str, CacheRange] = {}
@@ -139,29 +109,52 @@ class BlockQuantizer:
 
         ``beside`` has the same batches of the float model.
         """
-        wanted = [stage for stage in stages if any(name in self.plans for group in stage.groups for name in group)]
-
-        def forwards(block: nn.Module, loads: Sequence[Load]) -> list[Load]:
-            return [lambda load=load: self.model.run_block(block, self.index, load()) for load in loads]  # type: ignore[misc]
-
-        reference = None
-        if beside is not None:
-            block = self.model.load_block(self.index)
-            reference = Reference(block, forwards(block, beside.batches), beside.on_output)
-        staged = StagedForward(
-            self.block,
-            split_stages(wanted, group_limit),
-            forwards(self.block, batches),
-            keep=keep,
-            reference=reference,
-        )
+        planned = [replace(stage, groups=tuple(g for g in stage.groups if self._planned(g))) for stage in stages]
+        groups = {group for stage in planned for group in stage.groups}
         tuned = [plan for plan in self.plans.values() if METHODS[plan.method].scope == "block"]
-        with self._watched_cache():
-            staged.run(self._add_input, self._solve_stage, (lambda index, output: None) if tuned else on_output)
+        parts = split_stages([stage for stage in planned if stage.groups], group_limit)
+        forward = Shards(
+            self.executor,
+            self.model,
+            self.index,
+            (self.block, None if beside is None else self.model.load_block(self.index)),
+            parts,
+            batches,
+            None if beside is None else beside.batches,
+            keep=keep,
+            paired=[g for g in groups if any(self.plans[name].needs_reference for name in self._planned(g))],
+            spill=self.recipe.all_experts,
+            watch_cache=self.recipe.kv_cache is not None,
+        )
+
+        def hand_over(batch: int, output: torch.Tensor, other: torch.Tensor | None) -> None:
+            if beside is not None and other is not None:
+                beside.on_output(batch, other)
+            if not tuned or other is None:
+                on_output(batch, output)
+
+        with forward:
+            for stage in parts:
+                self._solve_stage(forward, stage)
+            forward.outputs(hand_over)
             if tuned and beside is not None:
+                forward.pause()
                 self._refine(options_of(self.recipe, tuned[0]), batches, beside.outputs)
-                for index, forward in enumerate(forwards(self.block, batches)):
-                    on_output(index, forward())
+                forward.outputs(hand_over, beside=False)
+            self._cache_ranges = forward.ranges() if self.recipe.kv_cache is not None else {}
+
+    def _planned(self, group: Group) -> list[str]:
+        return [name for name in group if name in self.plans]
+
+    def _solve_stage(self, forward: Shards, stage: Stage) -> None:
+        left = list(stage.groups)
+
+        def work() -> None:
+            forward.advance(stage)
+            self._solve_groups(left, partial(forward.statistics, stage), forward)
+
+        forward.insist(work)
+        forward.close(stage)
 
     def _refine(self, options: Options, batches: Sequence[Load], outputs: Sequence[Load]) -> None:
         """Tune the solved linears together so that ``batches`` come out as the float block's ``outputs``."""
@@ -188,182 +181,76 @@ class BlockQuantizer:
             self.block, self.linears, lambda: self.model.run_block(self.block, self.index, load()[:1])
         )
 
-    def _watched_cache(self) -> AbstractContextManager[None]:
-        """While it lasts, the keys and values of this block are measured, if its cache is to have scales."""
-        if self.recipe.kv_cache is None:
-            return nullcontext()
-        names = {module: name for name, module in self.block.named_modules()}
-
-        def note(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            if module in names:
-                self._cache_ranges.setdefault(names[module], CacheRange()).note(key, value)
-            return key, value
-
-        return intercepted_attention(note)
-
-    def _add_input(self, group: Group, x: torch.Tensor, reference: torch.Tensor | None) -> None:
-        planned = [self.plans[name] for name in group if name in self.plans]
-        if not planned:
-            return
-        statistics = self._statistics.get(group)
-        if statistics is None:
-            paired = reference is not None and any(plan.needs_reference for plan in planned)
-            kind = PairedStatistics if paired else InputStatistics
-            statistics = self._statistics[group] = kind(x.shape[-1], device=x.device)
-        if isinstance(statistics, PairedStatistics) and reference is not None:
-            statistics.add_pair(x, reference)
-        else:
-            statistics.add(x)
-
-    def _solve_stage(self, stage: Stage) -> None:
-        for group in stage.groups:
-            if any(name in self.plans for name in group):
-                self._solve_group(group, self._statistics.pop(group, None))
-
     # ---- solving -----------------------------------------------------------------------------------------------
 
     def solve_without_statistics(self) -> None:
         """Solve every planned linear from its weights alone."""
-        for name in self.plans:
-            self._solve_group((name,), None)
+        left: list[Group] = [(name,) for name in self.plans]
+        insist(partial(self._solve_groups, left, lambda group: None, None), self.executor.mend)
 
-    def _solve_group(self, group: Group, statistics: InputStatistics | None) -> None:
-        planned = [name for name in group if name in self.plans]
-        tokens = 0 if statistics is None else statistics.tokens
+    def _solve_groups(self, left: list[Group], statistics: Callable[[Group], Ref], forward: Shards | None) -> None:
+        """Solve the groups ``left``, a few at a time, each taken off when it is in its place."""
+        limit = 2 * self.executor.workers if self.executor.apart else 1
+        begun: deque[tuple[Group, list[Ref]]] = deque()
+        for group in list(left):
+            begun.append((group, self._begin(group, statistics(group), len(left))))
+            if len(begun) >= limit:
+                self._end(*begun.popleft(), left, forward)
+        while begun:
+            self._end(*begun.popleft(), left, forward)
+
+    def _begin(self, group: Group, statistics: Ref, groups: int) -> list[Ref]:
+        """Have a group solved, one of ``groups`` at hand; results of it all or, for more workers, of its parts."""
+        planned = self._planned(group)
         needs = any(self.plans[name].needs_statistics for name in planned)
-        starved = needs and tokens < max(1, STARVED_SHARE * self.calibration_tokens)
-        usable = None if starved else statistics
-        attempt = self._best_attempt(group, planned, usable)
-        dropped = 0 if statistics is None else statistics.nonfinite
-        scales = None if attempt.fold is None else attempt.fold.scales
-        if attempt.fold is not None:
-            self._folds.apply(attempt.fold)
-        with folded(usable, attempt.fold):
-            for name in planned if statistics is not None else ():
-                self._input_scales.note(name, float(statistics.abs_max.max()))  # type: ignore[union-attr]
-            for names, solution in attempt.solved.items():
-                for report in self._accept(names, solution, usable, scales):
-                    self.reports.append(replace(report, tokens=tokens, dropped=dropped, starved=starved))
+        problem = Problem(
+            {name: self._linear(name).weight.data for name in planned},
+            {name: self.plans[name] for name in planned},
+            {name: self.full_name(name) for name in planned},
+            self.recipe,
+            self._folds.producer(group[0]),
+            max(1, STARVED_SHARE * self.calibration_tokens) if needs else 0.0,
+        )
+        if not self.executor.apart:
+            return [self.executor.submit(solve, problem, statistics, self.pace, self.progress.at)]
+        self.progress.at(self.full_name(planned[0]))
+        parts = problem.parts()
+        if len(parts) == 1 or groups >= self.executor.workers:
+            return [self.executor.submit(solve, problem, statistics)]
+        fold = self.executor.submit(search, problem, statistics)
+        return [self.executor.submit(solve_part, part, statistics, fold) for part in parts]
+
+    def _end(self, group: Group, refs: list[Ref], left: list[Group], forward: Shards | None) -> None:
+        """Put what was solved of a group in its place."""
+        results: list[Result] = [self.executor.result(ref) for ref in refs]
+        fold, largest = results[0].fold, results[0].largest
+        scales = None if fold is None else fold.scales
+        if fold is not None:
+            self._folds.apply(fold)
+        for name in self._planned(group) if largest is not None else ():
+            self._input_scales.note(name, largest)
+        for solved in (linear for result in results for linear in result.linears):
+            self._place(solved, scales, forward)
         for name in group:
             if scales is not None and name not in self.plans:
                 self._folds.overrides[f"{name}.weight"] = self._linear(name).weight * scales
+        left.remove(group)
 
-    def _best_attempt(self, group: Group, planned: list[str], statistics: InputStatistics | None) -> Attempt:
-        """Solve what is planned on one input, after each transform that its method tries; the least error wins."""
-        best: Attempt | None = None
-        for transform in self.plans[planned[0]].transforms if statistics is not None else (NO_TRANSFORM,):
-            weights = sum(self._linear(name).weight.numel() for name in planned)
-            search = f"search of {transform}"
-            if best is not None and not self.pace.allows(search, weights):
-                best = best.without(transform)
-                continue
-            fold = self.pace.timed(search, weights, partial(self._search, transform, group, planned, statistics))
-            if best is None or fold is not None:
-                attempt = self._attempt(transform, fold, planned, statistics)
-                best = attempt if best is None else better(best, attempt)
-        assert best is not None
-        chosen = [name for name in planned if METHODS[self.plans[name].method].scope == "candidates"]
-        self.pace.done += sum(self._linear(name).weight.numel() for name in chosen)
-        return best
-
-    def _attempt(
-        self, transform: str, fold: Fold | None, planned: Sequence[str], statistics: InputStatistics | None
-    ) -> Attempt:
-        """Solve what is planned on one input, scaled as ``fold`` says."""
-        solved: dict[tuple[str, ...], Solution] = {}
-        shared: dict[Any, Any] = {}
-        with folded(statistics, fold):
-            for names in units(planned, self.plans):
-                full = self.full_name(names[0])
-                self.progress.at(full)
-                plan = self.plans[names[0]]
-                if statistics is None and METHODS[plan.method].needs_statistics:
-                    plan = replace(plan, method="rtn")
-                weight = self._weight(names, None if fold is None else fold.scales)
-                solved[names] = METHODS[plan.method].solve(
-                    weight,
-                    statistics,
-                    plan.spec,
-                    options_of(self.recipe, plan),
-                    shared=shared,
-                    name=full,
-                    pruned=prune(weight, statistics, plan),
-                    transform=None if fold is None else transform,
-                    pace=self.pace,
-                )
-        return Attempt(fold, solved)
-
-    def _weight(self, names: Sequence[str], scales: torch.Tensor | None) -> torch.Tensor:
-        """Float32 weights of linears on one input, one below the other, their columns times ``scales``."""
-        weights = [self._linear(name).weight.float() for name in names]
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        return weight if scales is None else weight * scales
-
-    def _search(
-        self, transform: str, group: Group, planned: list[str], statistics: InputStatistics | None
-    ) -> Fold | None:
-        """Search a scaling of the group's input; None where there is none."""
-        target = None if transform == NO_TRANSFORM or statistics is None else self._folds.target(group[0])
-        if target is None or statistics is None:
-            return None
-        plan, row = self.plans[planned[0]], TRANSFORMS[transform]
-        options = options_of(self.recipe, plan)
-        chosen = options if isinstance(options, row.options) else row.options()
-        weights = [self._linear(linear).weight for linear in planned]
-        found = row.search(weights, statistics, plan.spec, plan.inputs, chosen)
-        return None if found is None else self._folds.prepare(target, found)
-
-    def _accept(
-        self,
-        names: tuple[str, ...],
-        solution: Solution,
-        statistics: InputStatistics | None,
-        scales: torch.Tensor | None,
-    ) -> list[ModuleReport]:
-        """Put linears that were solved as one matrix in their places, and say how it went."""
-        weight, first, reports = self._weight(names, scales), 0, []
-        for name in names:
-            rows = slice(first, first + self._linear(name).out_features)
-            tensor = solution.tensor if len(names) == 1 else rows_of(solution.tensor, rows)
-            reports.append(self._place(name, weight[rows], replace(solution, tensor=tensor), statistics, scales))
-            first = rows.stop
-        return reports
-
-    def _place(
-        self,
-        name: str,
-        weight: torch.Tensor,
-        solution: Solution,
-        statistics: InputStatistics | None,
-        scales: torch.Tensor | None,
-    ) -> ModuleReport:
-        """Put a solved linear in its place; ``weight`` is what it was solved from."""
-        linear, full, plan = self._linear(name), self.full_name(name), self.plans[name]
-        method = plan.method if statistics is not None or not METHODS[plan.method].needs_statistics else "rtn"
-        restored = solution.tensor.dequantize()
-        if not bool(torch.isfinite(restored).all()):
-            raise NumericsError(f"{full}: the quantized weight is not finite: try --method rtn for it")
-        report = ModuleReport(
-            name=full,
-            spec=str(Scheme(plan.spec, plan.inputs)),
-            method=solution.method or method,
-            bits_per_weight=solution.tensor.bits_per_weight,
-            weights=weight.numel(),
-            error=None if statistics is None else output_error(weight, restored, statistics),
-            weight_error=weight_error(weight, restored).relative,
-            damping=solution.damping or None,
-            scaled=scales is not None,
-            zeros=None if plan.sparsity is None else float((restored == 0).float().mean()),
-            candidates=dict(solution.errors) or None,
-            left_out=solution.left_out or None,
-        )
-        linear.weight.data = (restored if scales is None else restored.div_(scales)).to(linear.weight.dtype)
-        input_scale = self._input_scales.of(name, plan.inputs)
-        linear.round_inputs(plan.inputs, None if input_scale is None else input_scale.to(linear.weight.device), scales)
-        self._solved[name] = solution.tensor
-        if METHODS[method].scope == "block" and isinstance(solution.tensor, QuantizedTensor):
-            self._learnable[name] = Learnable(linear, weight, solution.tensor, scales)
-        return report
+    def _place(self, solved: Solved, scales: torch.Tensor | None, forward: Shards | None) -> None:
+        """Put a solved linear in its place; its input was multiplied by ``scales``."""
+        name, linear, plan = solved.name, self._linear(solved.name), self.plans[solved.name]
+        # what method best chose may have a transform's name before it
+        method = METHODS.get(solved.report.method)
+        if method is not None and method.scope == "block" and isinstance(solved.tensor, QuantizedTensor):
+            weight = joined_weight([linear.weight.data], scales)
+            self._learnable[name] = Learnable(linear, weight, solved.tensor, scales)
+        placed = Placed(solved.weight, plan.inputs, self._input_scales.of(name, plan.inputs), scales)
+        if forward is None:
+            placed.put(linear)
+        else:
+            forward.place({name: placed})
+        self._solved[name] = solved.tensor
+        self.reports.append(solved.report)
 
     def _linear(self, name: str) -> RoundingLinear:
         module = self.block.get_submodule(name)

@@ -33,6 +33,24 @@ class Fold:
     norm: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Producer:
+    """What can take up a scaling of an input: the linear ``target``, or the norm with these stored parameters."""
+
+    target: str
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    unit_offset: bool = False
+
+    def fold(self, scales: torch.Tensor) -> Fold:
+        """What dividing it by ``scales`` comes to."""
+        if self.weight is None:
+            return Fold(self.target, scales)
+        weight, bias, effective = fold_into_norm(self.weight, self.bias, scales, unit_offset=self.unit_offset)
+        norm = {f"{self.target}.weight": weight} | ({} if bias is None else {f"{self.target}.bias": bias})
+        return Fold(self.target, effective, norm)
+
+
 class Folds:
     """The scalings of a block's inputs.
 
@@ -52,26 +70,20 @@ class Folds:
         self.overrides: dict[str, torch.Tensor] = {}
         self.divided: dict[str, torch.Tensor] = {}
 
-    def target(self, linear: str) -> str | None:
-        """The module that can take up a scaling of the input of ``linear``, or None."""
+    def producer(self, linear: str) -> Producer | None:
+        """What can take up a scaling of the input of ``linear``, or None."""
         target = fold_target(self._block, self._family, linear)
         if target is None:
             return None
         q = self._solved.get(target)
         # rows of a solved producer that have no scales of their own cannot be divided any more
-        divisible = q is None or (isinstance(q, QuantizedTensor | FloatTensor) and _has_row_scales(q))
-        return target if divisible else None
-
-    def prepare(self, target: str, scales: torch.Tensor) -> Fold:
-        """What dividing ``target`` by ``scales`` comes to; nothing changes yet."""
+        if q is not None and not (isinstance(q, QuantizedTensor | FloatTensor) and _has_row_scales(q)):
+            return None
         module = self._block.get_submodule(target)
         if isinstance(module, nn.Linear):
-            return Fold(target, scales)
-        stored = self._stored(f"{target}.weight")
+            return Producer(target)
         bias = self._stored(f"{target}.bias") if getattr(module, "bias", None) is not None else None
-        weight, bias, effective = fold_into_norm(stored, bias, scales, unit_offset=has_unit_offset(module))
-        norm = {f"{target}.weight": weight} | ({} if bias is None else {f"{target}.bias": bias})
-        return Fold(target, effective, norm)
+        return Producer(target, self._stored(f"{target}.weight"), bias, has_unit_offset(module))
 
     def apply(self, fold: Fold) -> None:
         """Divide the target."""
@@ -79,6 +91,7 @@ class Folds:
         if fold.norm:
             return
         target, module = fold.target, self._block.get_submodule(fold.target)
+        assert isinstance(module, nn.Linear)
         self.divided[target] = fold.scales
         q = self._solved.get(target)
         if isinstance(q, QuantizedTensor | FloatTensor):

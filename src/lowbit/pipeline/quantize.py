@@ -13,7 +13,9 @@ import torch
 
 from lowbit import __version__
 from lowbit.checkpoint import Manifest, PartialCheckpoint, check_output, read_manifest
+from lowbit.errors import UnsupportedError
 from lowbit.pipeline.block import Beside, BlockQuantizer, Load, ModuleReport
+from lowbit.pipeline.executor import Executor, Here
 from lowbit.pipeline.job import Job, plan_job
 from lowbit.pipeline.kv_scales import cache_scheme
 from lowbit.pipeline.progress import Progress, Silent
@@ -64,9 +66,12 @@ def quantize(
     progress: Progress | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    executor: Executor | None = None,
     **settings: Any,
 ) -> QuantizeResult:
     """Quantize the checkpoint ``source`` into the directory ``out``.
+
+    ``executor`` has the workers (None: this process); the bytes do not depend on it.
 
     ``settings`` are the fields of :class:`lowbit.pipeline.job.Settings`. Nothing is written before every check has
     passed; ``out`` appears only when it is complete. A run that was stopped goes on with ``resume`` and ends with the
@@ -75,11 +80,14 @@ def quantize(
     started = time.perf_counter()
     progress = progress or Silent()
     check_output(Path(out), resume=resume, overwrite=overwrite)
+    executor = executor or Here()
     with plan_job(source, Path(out), settings) as job, torch.no_grad():
+        if executor.apart:
+            _refuse_apart(job)
         for note in job.notes:
             progress.message(note)
         with PartialCheckpoint.create(Path(out), job.fingerprint, resume=resume, overwrite=overwrite) as partial:
-            reports = _reports(Path(out)) if partial.finished else _run(job, partial, progress)
+            reports = _reports(Path(out)) if partial.finished else _run(job, partial, progress, executor)
             found = _notes(reports)
             if not partial.finished:
                 _finish(job, partial, reports)
@@ -105,7 +113,22 @@ def quantize(
         )
 
 
-def _run(job: Job, partial: PartialCheckpoint, progress: Progress) -> list[ModuleReport]:
+def _refuse_apart(job: Job) -> None:
+    """Raise for what cannot be shared out to workers with the same result."""
+    if job.model.device.type != "cpu":
+        raise UnsupportedError("--ray: workers compute on processors", ["add --device cpu, or leave --ray out"])
+    reasons = {
+        "block": "it tunes a block on all batches at once",
+        "candidates": "what it tries depends on the time that is left",
+    }
+    for name, entry in job.plan.items():
+        if entry is not None and (reason := reasons.get(METHODS[entry.method].scope)) is not None:
+            raise UnsupportedError(
+                f"{name}: method {entry.method} on several workers", [f"{reason}: use another, or leave --ray out"]
+            )
+
+
+def _run(job: Job, partial: PartialCheckpoint, progress: Progress, executor: Executor) -> list[ModuleReport]:
     """Stream the blocks that the journal does not have yet; returns the reports of all."""
     reports = [ModuleReport(**record) for entry in partial.journal for record in entry.get("modules", [])]
     done = len(partial.journal)
@@ -127,7 +150,7 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress) -> list[Modul
         began = time.perf_counter()
         job.prefetch(index + 1)
         spent = pace.spent
-        block = _quantize_block(job, index, stores, stages, progress, pace)
+        block = _quantize_block(job, index, stores, stages, progress, pace, executor)
         record: dict[str, Any] = {"modules": [report.to_json() for report in block.reports]}
         if pace.spent > spent:
             record["seconds"] = pace.spent - spent
@@ -208,9 +231,12 @@ def _quantize_block(
     stages: dict[tuple[str, ...], list[Stage]],
     progress: Progress,
     pace: Pace,
+    executor: Executor,
 ) -> BlockQuantizer:
     tokens = 0 if job.calibration is None else job.calibration.ids.numel()
-    block = BlockQuantizer(job.model, index, job.block_plan(index), job.recipe, job.codec, tokens, progress, pace)
+    block = BlockQuantizer(
+        job.model, index, job.block_plan(index), job.recipe, job.codec, tokens, progress, pace, executor
+    )
     if stores is None:
         block.solve_without_statistics()
         return block

@@ -25,7 +25,7 @@ from lowbit.pipeline.streamed import apply_block
 from lowbit.quant import InputStatistics, PairedStatistics
 from lowbit.quant.statistics import InputSums, add_to_panel, panel_starts
 
-__all__ = ["Load", "Placed", "Shard", "ShardWork", "joined", "moved"]
+__all__ = ["Load", "Placed", "Shard", "ShardWork", "joined"]
 
 Load: TypeAlias = Callable[[], torch.Tensor]
 """Reads one batch of hidden states."""
@@ -75,8 +75,7 @@ class Shard:
 
     def __init__(self, work: ShardWork) -> None:
         self._work = work
-        self._block = work.block.to(work.device)
-        self._reference = None if work.reference is None else work.reference.to(work.device)
+        self._block, self._reference = work.block, work.reference
         self._stages = {stage.name: stage for stage in work.stages}
         self._forwards: dict[int, Load] = {}
         self._beside: dict[int, Load] = {}
@@ -110,11 +109,9 @@ class Shard:
         return _in_memory(states) if self._work.keep else self._given.add(states)
 
     def _forward_of(self, block: nn.Module, load: Load, context: _Context) -> Load:
-        given = moved(context, self._work.device)
-
         def forward() -> torch.Tensor:
             x = load().to(self._work.device, self._work.dtype)
-            return apply_block(block, x, given(x.shape[0], x.shape[1]) if callable(given) else given)
+            return apply_block(block, x, context(x.shape[0], x.shape[1]) if callable(context) else context)
 
         return forward
 
@@ -258,15 +255,6 @@ def joined(sums: InputSums | None, *panels: torch.Tensor) -> InputStatistics | N
 
 def _in_memory(x: torch.Tensor) -> Load:
     return lambda: x
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """``value`` with the tensors in it on ``device``."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: moved(each, device) for key, each in value.items()}
-    return type(value)(moved(each, device) for each in value) if type(value) in (tuple, list) else value
 
 
 class _Spill:

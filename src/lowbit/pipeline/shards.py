@@ -8,7 +8,6 @@ matrix, whatever the number of tokens.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -19,7 +18,7 @@ from torch import nn
 
 from lowbit.pipeline.executor import Executor, Ref, WorkerLostError, insist
 from lowbit.pipeline.kv_scales import CacheRange
-from lowbit.pipeline.shard import Load, Placed, Shard, ShardWork, joined, moved
+from lowbit.pipeline.shard import Load, Placed, Shard, ShardWork, joined
 from lowbit.pipeline.stages import Group, Stage, is_paired
 from lowbit.pipeline.streamed import StreamedModel
 from lowbit.quant.statistics import panel_starts
@@ -99,13 +98,9 @@ class Shards:
         missing = [place for place, target in enumerate(self._targets) if target is None]
         if not missing:
             return
-        block, reference = self._blocks
-        if self._executor.apart and self._model.device.type != "cpu":
-            block, reference = (None if b is None else copy.deepcopy(b).cpu() for b in self._blocks)  # type: ignore[assignment]
         work = self._executor.share(
             ShardWork(
-                block,
-                reference,
+                *self._blocks,
                 tuple(self._open),
                 self._paired,
                 self._model.device,
@@ -144,7 +139,7 @@ class Shards:
             beside = None if self._beside is None else self._beside[batch]()
             shape = (states.shape[0], states.shape[1])
             if shape not in self._contexts:
-                self._contexts[shape] = self._executor.share(moved(self._context(*shape), torch.device("cpu")))
+                self._contexts[shape] = self._executor.share(self._context(*shape))
             context = self._contexts[shape]
         return self._executor.call(target, "give", batch, states, beside, context)
 
@@ -236,6 +231,10 @@ class Shards:
             left.discard(batch)
 
         self.insist(work)
+
+    def pause(self) -> None:
+        """Take the hooks off the block; :meth:`outputs` puts them on again."""
+        self._unchecked += [self._executor.call(target, "stop") for target in self._targets]
 
     def ranges(self) -> dict[str, CacheRange]:
         """What keys and values all batches have seen, by attention module."""

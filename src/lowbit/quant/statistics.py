@@ -36,7 +36,7 @@ class InputSums:
         self._stride = 1
 
     def rows(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The rows of ``x`` ``[..., in]`` of any floating dtype as float32, as many at a time as are counted at once."""
+        """The rows of ``x`` ``[..., in]`` of any floating dtype, float32 and as many at a time as count at once."""
         for rows in torch.split(x.reshape(-1, self.in_features), _ROWS):
             yield rows.to(self.abs_sum)
 
