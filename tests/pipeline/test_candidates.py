@@ -59,3 +59,11 @@ def test_a_scheme_brings_its_method_and_format(scheme: str, method: str, format:
     recipe = Settings(scheme=scheme).resolved_recipe()
     assert (recipe.method, recipe.format) == (method, format)
     assert Settings(scheme=scheme, method="awq", format="dense").resolved_recipe().method == "awq"
+
+
+def test_a_budget_is_for_methods_that_have_candidates() -> None:
+    names = ["gptq", "best", "awq+best", "nf4"]
+    found = contenders(names, [4], group_size=128, symmetric=True, budget="5m")
+    settings = {one.name: dict(one.settings) for one in found}
+    assert [name for name, given in settings.items() if given.get("budget") == "5m"] == ["BEST 4 bit", "AWQ+BEST 4 bit"]
+    assert settings["AWQ+BEST 4 bit"]["transform"] == "awq"

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from lowbit.errors import UsageError
 from lowbit.formats import IntSpec
 from lowbit.pipeline.recipe import ModulePlan, Recipe, Rule, method_options, resolve, rules_from_dynamic
+from lowbit.quant.awq import AwqOptions
+from lowbit.quant.smoothquant import SmoothQuantOptions
 
 BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -228,3 +230,32 @@ def test_options_of_a_method() -> None:
 def test_options_that_a_method_does_not_take(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(UsageError, match=re.escape(expected)):
         method_options(Options, options)
+
+
+def test_options_of_transforms() -> None:
+    """They stand by the transform's name, so that they hold whatever the method is; a file's survive the way there."""
+    recipe = Recipe.from_dict({"method": "gptq", "transform_options": {"smoothquant": {"strength": 0.5, "steps": 4}}})
+    assert recipe.options_of_transform("smoothquant") == SmoothQuantOptions(steps=4, strength=0.5)
+    assert recipe.options_of_transform("awq") == AwqOptions()
+    assert recipe.options_of_transform("awq", AwqOptions(steps=3)) == AwqOptions(steps=3)
+    assert recipe.options_of_transform("smoothquant", AwqOptions()) == SmoothQuantOptions(steps=4, strength=0.5)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    for table, expected in (
+        ({"smothquant": {}}, "unknown transform 'smothquant': did you mean 'smoothquant'?"),
+        ({"smoothquant": {"strenth": 1}}, "smoothquant: unknown option 'strenth': did you mean 'strength'?"),
+        ({"smoothquant": {"steps": "x"}}, "steps: expected a whole number, not 'x'"),
+        ({"smoothquant": 3}, "smoothquant must be a table"),
+        ([], None),
+        (["awq"], "transform_options must be a table"),
+    ):
+        if expected is None:
+            assert Recipe.from_dict({"transform_options": table}) == Recipe()
+            continue
+        with pytest.raises(UsageError, match=re.escape(expected)):
+            Recipe.from_dict({"transform_options": table})
+
+
+def test_a_budget_is_text() -> None:
+    assert Recipe.from_dict({"method": "best", "budget": "90s"}).to_dict()["budget"] == "90s"
+    with pytest.raises(UsageError, match="budget: expected text"):
+        Recipe.from_dict({"method": "best", "budget": 90})

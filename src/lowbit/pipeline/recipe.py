@@ -15,7 +15,7 @@ import yaml
 from lowbit.errors import UsageError
 from lowbit.formats import ActivationSpec, CodebookSpec, IntSpec, Scheme, WeightSpec, parse_scheme
 from lowbit.quant import METHODS
-from lowbit.quant.transforms import NO_TRANSFORM
+from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS
 
 _T = TypeVar("_T")
 
@@ -67,7 +67,8 @@ class Recipe:
     model before that (:mod:`lowbit.pipeline.rotate`). ``sparsity`` is the pattern of zeros (``2:4``, ``50%``) that
     ``pruner`` makes; ``all_experts`` calibrates each expert on all tokens; ``kv_cache`` (``fp8``, ``fp8-head``) asks
     for calibrated scales of the key-value cache; ``budget`` (``30m``) is the time of methods with candidates.
-    ``options`` are those of the method (:func:`method_options`). Of ``rules`` the first that matches a module wins.
+    ``options`` are those of the method, ``transform_options`` those of transforms by their names
+    (:func:`method_options`). Of ``rules`` the first that matches a module wins.
     """
 
     scheme: str = "W4A16"
@@ -85,11 +86,24 @@ class Recipe:
     kv_cache: str | None = None
     budget: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    transform_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         if self.ordering is not None and self.ordering not in _ORDERINGS:
             raise UsageError(f"recipe: ordering must be none or static, not {self.ordering!r}")
+        for name in self.transform_options:
+            if name not in TRANSFORMS:
+                raise UsageError(f"recipe: transform_options: unknown transform {name!r}{suggestion(name, TRANSFORMS)}")
+            self.options_of_transform(name)
+
+    def options_of_transform(self, name: str, method: Any = None) -> Any:
+        """The options of the transform ``name``: its own here, else ``method``, a method's options, if they are its."""
+        kind = TRANSFORMS[name].options
+        if name not in self.transform_options and isinstance(method, kind):
+            return method
+        given = self.transform_options.get(name, {})
+        return method_options(kind, given, where=f"recipe: transform_options: {name}")
 
     @property
     def quantization(self) -> Scheme:
@@ -123,22 +137,22 @@ class Recipe:
         """A recipe from plain values; ``where`` leads the messages of errors.
 
         Keys: scheme, method, format, bits, group_size, sym, ordering (or desc_act), transform, rotate, sparsity,
-        pruner, all_experts, kv_cache, budget, options, skip, rules, dynamic.
+        pruner, all_experts, kv_cache, budget, options, transform_options, skip, rules, dynamic.
         """
         values = _table(content, _RECIPE_KEYS, where)
         rules = [Rule(_string(pattern, f"{where}: skip"), skip=True) for pattern in _list(values, "skip", where)]
         for index, item in enumerate(_list(values, "rules", where)):
             rules.append(_rule(item, f"{where}: rules[{index}]"))
         rules += rules_from_dynamic(values.get("dynamic") or {}, where=f"{where}: dynamic")
-        options = values.get("options") or {}
-        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-            raise UsageError(f"{where}: options must be a table of names and values")
+        options = _names(values.get("options") or {}, f"{where}: options")
+        transforms = _names(values.get("transform_options") or {}, f"{where}: transform_options")
+        tables = {name: _names(table, f"{where}: transform_options: {name}") for name, table in transforms.items()}
         fields = _overrides(values, where)
         for name in _NAMED:
             if name in values:
                 fields[name] = _string(values[name], f"{where}: {name}")
         fields["all_experts"] = _boolean(values.get("all_experts", False), f"{where}: all_experts")
-        return cls(options=dict(options), rules=tuple(rules), **fields)
+        return cls(options=options, transform_options=tables, rules=tuple(rules), **fields)
 
     def with_rules(self, rules: Iterable[Rule]) -> Recipe:
         """The same recipe with ``rules`` before its own, as flags of the command line go before the file."""
@@ -152,6 +166,8 @@ class Recipe:
         plain.update({"all_experts": True} if self.all_experts else {})
         if self.options:
             plain["options"] = dict(sorted(self.options.items()))
+        if self.transform_options:
+            plain["transform_options"] = {n: dict(sorted(t.items())) for n, t in sorted(self.transform_options.items())}
         if self.rules:
             plain["rules"] = [
                 {"pattern": rule.pattern, **({"skip": True} if rule.skip else _plain_overrides(rule))}
@@ -373,7 +389,10 @@ class _StrictLoader(yaml.SafeLoader):
 
 _OVERRIDE_KEYS = ("scheme", "bits", "group_size", "sym", "symmetric", "method", "ordering", "desc_act")
 _NAMED = ("format", "transform", "rotate", "sparsity", "pruner", "kv_cache", "budget")
-_RECIPE_KEYS = (*_OVERRIDE_KEYS, *_NAMED, "all_experts", "options", "skip", "rules", "dynamic")
+_RECIPE_KEYS = (
+    *(*_OVERRIDE_KEYS, *_NAMED, "all_experts", "options", "transform_options"),
+    *("skip", "rules", "dynamic"),
+)
 _RULE_KEYS = (*_OVERRIDE_KEYS, "transform", "pattern", "skip")
 
 
@@ -384,6 +403,12 @@ def _table(value: Any, keys: Collection[str], where: str) -> Mapping[str, Any]:
         if key not in keys:
             raise UsageError(f"{where}: unknown key {key!r}{suggestion(str(key), keys)}")
     return value
+
+
+def _names(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise UsageError(f"{where} must be a table of names and values")
+    return dict(value)
 
 
 def _rule(item: Any, where: str) -> Rule:
