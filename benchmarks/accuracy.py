@@ -78,8 +78,9 @@ def cases() -> Iterator[Case]:
             return System("lowbit", {"method": method, "scheme": scheme, "format": "compressed-tensors", **settings})
 
         compressor = ("--scheme", f"W{bits}A16")
-        gptqmodel = System(
-            "GPTQModel", environment="gptqmodel", script="gptqmodel_peer.py", arguments=("--method", "gptq", *width)
+        gptqmodel, gptaq, foem = (
+            System(name, environment="gptqmodel", script="gptqmodel_peer.py", arguments=("--method", method, *width))
+            for name, method in (("GPTQModel", "gptq"), ("GPTQModel", "gptaq"), ("GPTQModel FOEM", "foem"))
         )
         gptq = System(
             "llm-compressor", environment="llmcompressor", script="llmcompressor_peer.py",
@@ -92,14 +93,28 @@ def cases() -> Iterator[Case]:
         autoround = System("auto-round", environment="autoround", script="autoround_peer.py", arguments=width)
         yield Case(f"gptq-{bits}", bits, own("gptq"), (gptq, gptqmodel))
         yield Case(f"awq-{bits}", bits, own("awq"), (awq,))
+        if bits == 4:
+            original = System(
+                "GPTQModel", environment="gptqmodel", script="gptqmodel_peer.py", arguments=("--method", "awq", *width)
+            )
+            yield Case("awq-asym-4", bits, own("awq", "W4A16_ASYM", format="awq"), (original,))
         yield Case(f"autoround-{bits}", bits, own("autoround"), (autoround,))
+        yield Case(f"gptaq-{bits}", bits, own("gptaq"), (gptaq, foem))
+        nearest = System(
+            "llm-compressor", environment="llmcompressor", script="llmcompressor_peer.py",
+            arguments=("--method", "rtn", *compressor),
+        )  # fmt: skip
+        yield Case(f"rtn-{bits}", bits, own("rtn"), (nearest,))
         for name, settings in (
-            ("rtn", {}),
-            ("gptaq", {}),
             ("awq+gptq", {"method": "gptq", "transform": "awq"}),
+            ("awq+gptaq", {"method": "gptaq", "transform": "awq"}),
             ("rotation+gptq", {"method": "gptq", "rotate": "hadamard"}),
+            ("rotation+gptaq", {"method": "gptaq", "rotate": "hadamard"}),
+            # as many stored bits as peers need for groups of 128, and as llama.cpp's types have
+            ("gptaq-g64", {"method": "gptaq", "scheme": f"int{bits}-g64-sym"}),
+            ("gptaq-g32", {"method": "gptaq", "scheme": f"int{bits}-g32-sym"}),
         ):
-            yield Case(f"{name}-{bits}", bits, own(**{"method": name, **settings}))
+            yield Case(f"{name}-{bits}", bits, own(**settings))
         hqq = System("hqq", environment="hqq", script="hqq_peer.py", arguments=width)
         yield Case(f"hqq-{bits}", bits, own("hqq", f"int{bits}-g64-affine", format="hqq"), (hqq,))
     yield from _bitsandbytes()
@@ -109,7 +124,11 @@ def cases() -> Iterator[Case]:
     )  # fmt: skip
     own_smooth = {"method": "gptq", "scheme": "W8A8", "format": "compressed-tensors", "transform": "smoothquant"}
     yield Case("w8a8-smoothquant", 8, System("lowbit", own_smooth), (smooth,))
-    for bits, mix in ((4, "Q4_K_M"), (3, "Q3_K_M"), (2, "Q2_K")):
+    for bits, mix in (
+        *((4, mix) for mix in ("Q4_K_M", "IQ4_XS", "IQ4_NL")),
+        *((3, mix) for mix in ("Q3_K_M", "IQ3_M", "IQ3_S", "IQ3_XXS")),
+        *((2, mix) for mix in ("Q2_K", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS")),
+    ):
         peer = System("llama.cpp", environment="llamacpp", script="llamacpp_peer.py", arguments=("--type", mix))
         yield Case(f"{mix.lower()}", bits, System("lowbit", {"scheme": mix, "format": "gguf"}), (peer,))
 
@@ -281,7 +300,7 @@ def _measure(made: dict[tuple[str, str], Path], source: Path, bits: dict[str, in
 
 
 def render(chosen: list[Case], figures: list[Figure], failed: dict[str, str]) -> str:
-    """Two Markdown tables: each method beside its original, and the best at each width."""
+    """Two Markdown tables: each method beside its original; each peer beside lowbit's best of no more stored bits."""
     known = {(figure.case, figure.system): figure for figure in figures}
     lines = ["", "| comparison | system | bits per weight | KL divergence | perplexity | lowbit ÷ peer |"]
     lines.append("|---|---|---|---|---|---|")
@@ -296,22 +315,16 @@ def render(chosen: list[Case], figures: list[Figure], failed: dict[str, str]) ->
                 f"| {case.name} | {system.name} | {figure.bits_per_weight:.3f} | {figure.kl:.4f} ± {figure.error:.4f} "
                 f"| {figure.perplexity:.3f} | {ratio} |"
             )
-    lines += ["", "| bits | lowbit's best | KL | bits per weight | best peer | KL | bits per weight | lowbit ÷ peer |"]
+    lines += ["", "| bits | peer | bits per weight | KL | lowbit's best | bits per weight | KL | lowbit ÷ peer |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for bits in sorted({figure.bits for figure in figures if figure.bits <= 4}, reverse=True):
-        peers = [figure for figure in figures if figure.bits == bits and figure.system != "lowbit"]
-        if not peers:
-            continue
-        peer = min(peers, key=lambda figure: figure.kl)
-        mine = [f for f in figures if f.bits == bits and f.system == "lowbit"]
-        allowed = [f for f in mine if f.bits_per_weight <= peer.bits_per_weight * 1.001]
-        if not allowed:
-            continue
-        best = min(allowed, key=lambda figure: figure.kl)
-        lines.append(
-            f"| {bits} | {best.case} | {best.kl:.4f} | {best.bits_per_weight:.3f} | {peer.system} ({peer.case}) "
-            f"| {peer.kl:.4f} | {peer.bits_per_weight:.3f} | {best.kl / peer.kl:.3f} |"
-        )
+    for peer in sorted((f for f in figures if f.system != "lowbit" and f.bits <= 4), key=lambda f: (-f.bits, f.kl)):
+        allowed = [f for f in figures if f.system == "lowbit" and f.bits_per_weight <= peer.bits_per_weight * 1.001]
+        if allowed:
+            best = min(allowed, key=lambda figure: figure.kl)
+            lines.append(
+                f"| {peer.bits} | {peer.system} ({peer.case}) | {peer.bits_per_weight:.3f} | {peer.kl:.4f} "
+                f"| {best.case} | {best.bits_per_weight:.3f} | {best.kl:.4f} | {best.kl / peer.kl:.3f} |"
+            )
     lines += ["", *(f"not measured: {name}: {reason}" for name, reason in failed.items())]
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 """Quantize a checkpoint with GPTQModel; run by the interpreter of its own environment.
 
-    python benchmarks/peers/gptqmodel_peer.py MODEL OUT --method gptq|awq --tokens IDS.npy
+    python benchmarks/peers/gptqmodel_peer.py MODEL OUT --method gptq|gptaq|foem|awq --tokens IDS.npy
 
 `IDS.npy` is int64 [samples, seq_len]. The last line printed is a JSON object: seconds of each phase, versions.
 """
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--method", choices=["gptq", "awq"], required=True)
+    parser.add_argument("--method", choices=["gptq", "gptaq", "foem", "awq"], required=True)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
@@ -34,6 +34,7 @@ def main() -> None:
     import numpy as np
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
     from transformers import AutoTokenizer
 
     if options.threads:
@@ -44,6 +45,10 @@ def main() -> None:
         settings |= {"quant_method": "awq", "format": "gemm"}
     else:
         settings |= {"desc_act": False, "damp_percent": 0.01}
+    if options.method == "gptaq":
+        settings |= {"gptaq": GPTAQConfig()}
+    elif options.method == "foem":
+        settings |= {"foem": FOEMConfig(alpha=0.25, beta=0.2)}
     model = GPTQModel.load(str(options.model), QuantizeConfig(**settings), device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     loaded = time.perf_counter()
