@@ -38,6 +38,10 @@ CANDIDATES = (
     "int2-g64-sym", "int3-g64-sym", "int3-g128-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int5-g128-sym",
     "int6-g128-sym", "int8-g128-sym",
 )  # fmt: skip
+FINER = (
+    *("int2-g32-sym", "int3-g32-sym", "int5-g64-sym", "int5-g32-sym", "int6-g64-sym", "int6-g32-sym", "int7-g128-sym"),
+)
+"""What a fit beside uniform schemes may choose too: sizes between theirs."""
 UNIFORM = ("int3-g128-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int5-g128-sym", "int6-g128-sym")
 MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 METHOD = "gptq"
@@ -64,7 +68,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         parts = {
             "ranking": lambda: ranking(measured(work), work, arguments.assignments, arguments.tokens),
-            "uniform": lambda: uniform(measured(work), work, arguments.tokens),
+            "uniform": lambda: uniform(measured(work, FINER), work, arguments.tokens),
             "mixes": lambda: mixes(work, arguments.tokens),
             "caches": lambda: caches(work),
         }
@@ -73,10 +77,10 @@ def main() -> None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measured(work: Path) -> Measurement:
-    file = work / "measurement.json"
+def measured(work: Path, more: tuple[str, ...] = ()) -> Measurement:
+    file = work / ("finer.json" if more else "measurement.json")
     if not file.exists():
-        measure("demo", candidates=CANDIDATES, work=work / "measuring").save(file)
+        measure("demo", candidates=(*CANDIDATES, *more), work=work / "measuring").save(file)
     return Measurement.load(file)
 
 

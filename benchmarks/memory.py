@@ -103,6 +103,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--families", nargs="+", choices=(*FAMILIES, EMBEDDED), default=[*FAMILIES, EMBEDDED])
+    parser.add_argument("--formats", nargs="+", choices=(*CODECS, "gguf"), default=[*CODECS, "gguf"], help="of files")
     parser.add_argument("--shape", help="of a random Llama (peers/workload.py) instead of the embedded model")
     parser.add_argument("--layers", type=int, nargs="+", help="blocks of the shape; the first of them serves")
     parser.add_argument("--dtype", default="bfloat16", help="of the shape's weights")
@@ -164,6 +165,7 @@ def files(work: Path, options: argparse.Namespace) -> Iterator[Row]:
         model = EMBEDDED if family == EMBEDDED else _family(work / family, family)
         tried = [(scheme, format) for scheme in SCHEMES for format in _formats(scheme, family)]
         tried += [(mix, "gguf") for mix in MIXES]
+        tried = [(scheme, format) for scheme, format in tried if format in options.formats]
         sums = Row("files", "", 0, 0)
         wrong, refused = [], []
         for scheme, format in tried:

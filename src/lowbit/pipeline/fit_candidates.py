@@ -60,7 +60,7 @@ DEFAULT_CANDIDATES: Mapping[str, tuple[str, ...]] = {
 """Number formats to choose between, by file format; ``dense`` is always one more."""
 DEFAULT_METHODS = ("gptq", "awq+gptq")
 """Methods to choose between; ``T+M`` is the method ``M`` after the transform ``T``."""
-_WIDE = 8
+_WIDE = 6
 """Bits from which on methods differ by nothing that counts: the first alone is tried."""
 
 _BY = " by "
