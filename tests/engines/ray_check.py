@@ -8,11 +8,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -58,14 +62,45 @@ def cluster() -> Iterator[Cluster]:
     made.shutdown()
 
 
-@pytest.fixture
-def running(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Running]:
-    tier = {**TIER, "replicas": getattr(request, "param", 2)}
-    config = parse_config({"models": {"demo": {"tiers": [tier]}}, "port": 0})
+@contextmanager
+def served(cluster: Cluster, replicas: int | dict[str, int]) -> Iterator[Running]:
+    """The application with so many replicas, in the place of any other."""
+    _remove()
+    config = parse_config({"models": {"demo": {"tiers": [{**TIER, "replicas": replicas}]}}, "port": 0})
     facts = asyncio.run(prepare(config, quiet=True))
     host, port = run_application(config, plan_tiers(config, facts), facts)
     yield Running(cluster, f"http://{host}:{port}/v1")
-    serve.delete(APPLICATION)
+    _remove()
+
+
+def _remove() -> None:
+    if APPLICATION in serve.status().applications:
+        serve.delete(APPLICATION)
+
+
+@pytest.fixture(scope="module")
+def two(cluster: Cluster) -> Iterator[Running]:
+    """One application for all tests that take it: what they break has to mend."""
+    with served(cluster, 2) as application:
+        yield application
+
+
+@pytest.fixture
+def running(two: Running) -> Running:
+    """It, once both replicas answer."""
+    _mended(two)
+    return two
+
+
+def _mended(application: Running) -> None:
+    """Wait until two replicas answer."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with suppress(ray.exceptions.RayError, TimeoutError):
+            if len(application.places()) == 2:
+                return
+        time.sleep(1)
+    raise AssertionError("Ray has not replaced what was lost")
 
 
 @dataclass
@@ -149,8 +184,8 @@ def test_nothing_is_lost_when_a_replica_dies_under_load(running: Running) -> Non
         time.sleep(3)
         actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "demo--q8" in actor["name"]]
         ray.kill(ray.get_actor(actors[0]["name"], namespace=actors[0]["namespace"]), no_restart=False)
-        time.sleep(12)
-        assert len(running.places()) == 2, "Ray has replaced it"
+        time.sleep(5)
+        _mended(running)
     assert not load.failed, sorted(set(load.failed))
     assert len(load.cut) <= CLIENTS
 
@@ -168,12 +203,35 @@ def test_nothing_is_lost_when_a_node_goes_away_under_load(running: Running) -> N
     assert len(load.whole) > CLIENTS
 
 
-@pytest.mark.parametrize("running", [{"min": 1, "max": 3, "target": 2}], indirect=True)
-def test_replicas_are_added_under_load(running: Running) -> None:
-    assert len(running.places()) == 1
-    with Load(running.url) as load:
-        deadline = time.monotonic() + 60
-        while len(running.places()) < 2 and time.monotonic() < deadline:
-            time.sleep(2)
-        assert len(running.places()) >= 2
-    assert not load.failed, sorted(set(load.failed))
+def test_replicas_are_added_under_load(cluster: Cluster) -> None:
+    with served(cluster, {"min": 1, "max": 3, "target": 2}) as running:
+        assert len(running.places()) == 1
+        with Load(running.url) as load:
+            deadline = time.monotonic() + 90
+            while len(running.places()) < 2 and time.monotonic() < deadline:
+                time.sleep(2)
+            assert len(running.places()) >= 2
+        assert not load.failed, sorted(set(load.failed))
+
+
+def test_the_preflight_asks_every_node(cluster: Cluster) -> None:
+    """It runs in a process of its own, as a user's; without GPUs that is what it says, in one line."""
+    code = (
+        "from lowbit.gateway.config import parse_config\n"
+        "from lowbit.ops.node_preflight import preflight_tiers\n"
+        "tier = {'name': 't', 'path': 'x', 'engine': 'vllm', 'flags': {'tensor_parallel': 2}}\n"
+        "lines, passed = preflight_tiers(parse_config({'models': {'m': {'tiers': [tier]}}}), ADDRESS)\n"
+        "print('\\n'.join(lines)); print('passed', passed)\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code.replace("ADDRESS", repr(cluster.address))],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=True,
+    ).stdout.splitlines()
+    assert sum("MiB of /dev/shm" in line for line in shown) == len(cluster.list_all_nodes())
+    assert "passed False" in shown
+    if not Path("/proc/driver/nvidia").exists():
+        assert sum("no GPU on any node" in line for line in shown) == 1
+    assert not any("cannot be reached" in line for line in shown)

@@ -53,6 +53,20 @@ def test_a_parallel_engine_gets_a_placement_group(tensor: int, pipeline: int | N
     assert "num_gpus" not in options["ray_actor_options"]
 
 
+def test_a_command_asks_for_gpus_only_where_it_says_so() -> None:
+    tier = {"name": "own", "command": ["engine", "--port", "{port}"], "engine": "openai"}
+    for flags, gpus in (({}, 0), ({"tensor_parallel": 2}, 2)):
+        serving = parse_config({"models": {"m": {"tiers": [{**tier, "flags": flags}]}}})
+        (deployed,) = deployments(serving, plan_tiers(serving, {"m@own": TierFacts("openai")}))
+        assert (deployed.gpus, deployed.cpus) == (gpus, 1.0)
+
+
+def test_machines_without_ray_are_no_cluster_of_it() -> None:
+    serving = config(engine="vllm", flags={"tensor_parallel": 2}, nodes=["10.0.0.1", "10.0.0.2"])
+    with pytest.raises(UsageError, match="leave nodes out"):
+        deployments(serving, plan_tiers(serving, facts("vllm")))
+
+
 def test_the_gateway_sees_the_cluster_as_an_engine_with_the_certificate_kept() -> None:
     serving = config(replicas={"min": 1, "max": 3}, concurrency=4)
     tiers = deployments(serving, plan_tiers(serving, facts()))

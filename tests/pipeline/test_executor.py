@@ -35,7 +35,7 @@ def _files(directory: Path) -> dict[str, bytes]:
 
 
 def _quantize(source: Path, out: Path, text: Path, executor: Executor | None, **settings: Any) -> dict[str, bytes]:
-    given = {"calibration": text, "samples": 24, "seq_len": 256, "group_size": 64} | settings
+    given: dict[str, Any] = {"calibration": text, "samples": 24, "seq_len": 256, "group_size": 64} | settings
     given = {name: value for name, value in given.items() if value is not None}
     quantize(source, out, executor=executor, **given)
     return _files(out)

@@ -227,8 +227,9 @@ class BlockQuantizer:
         scales = None if fold is None else fold.scales
         if fold is not None:
             self._folds.apply(fold)
-        for name in self._planned(group) if largest is not None else ():
-            self._input_scales.note(name, largest)
+        if largest is not None:
+            for name in self._planned(group):
+                self._input_scales.note(name, largest)
         for solved in (linear for result in results for linear in result.linears):
             self._place(solved, scales, forward)
         for name in group:

@@ -277,7 +277,7 @@ class _Spill:
         def load() -> torch.Tensor:
             out = torch.empty(flat_shape, dtype=dtype)
             self._file.seek(offset)
-            self._file.readinto(out.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+            self._file.readinto(out.view(torch.uint8).numpy().data)
             return out
 
         flat_shape, dtype = flat.shape, flat.dtype

@@ -219,7 +219,7 @@ class StagedForward:
     @staticmethod
     def _to_the_end(kept: dict[int, greenlet], index: int, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         begun = kept.pop(index, None)
-        return forward() if begun is None else begun.switch()  # type: ignore[no-any-return]
+        return forward() if begun is None else begun.switch()
 
     def _stop(self) -> None:
         if not self._keep:

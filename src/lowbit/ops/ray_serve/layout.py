@@ -43,6 +43,9 @@ def deployments(config: ServeConfig, plans: Mapping[str, TierPlan]) -> list[Depl
     for name, model in config.models.items():
         for tier in model.tiers:
             plan = plans[f"{name}@{tier.name}"]
+            if tier.nodes:
+                reason = "Ray places parallel engines itself"
+                raise UsageError(f"{name}@{tier.name}: nodes are for machines without Ray: {reason}, leave nodes out")
             if plan.spec is not None:
                 found.append(_deployed(tier, plan, plan.spec))
     if not found:
@@ -52,7 +55,9 @@ def deployments(config: ServeConfig, plans: Mapping[str, TierPlan]) -> list[Depl
 
 def _deployed(tier: TierConfig, plan: TierPlan, spec: EngineSpec) -> Deployed:
     tensor, pipeline = tier.flags.tensor_parallel or 1, tier.flags.pipeline_parallel or 1
-    gpus = tensor * pipeline if plan.facts.engine not in ("llama.cpp", "encoder") else 0
+    given = tier.flags.tensor_parallel or tier.flags.pipeline_parallel or tier.gpus
+    on_processor = plan.facts.engine in ("llama.cpp", "encoder") or (tier.command is not None and not given)
+    gpus = 0 if on_processor else tensor * pipeline
     threads = float(_threads(spec))
     bundles: tuple[Mapping[str, float], ...] = ()
     if gpus > 1:
