@@ -83,9 +83,15 @@ $(ENGINES)/.made: $(VENV)/.installed-dev $(shell find src -name '*.py') $(wildca
 	$(BIN)/python tests/engines/make_checkpoints.py $(ENGINES) --model $(ENGINE_MODEL)
 	@touch $@
 
-test-ray: $(VENV)/.installed-dev  ## Serving on a Ray cluster of several nodes on this machine
+.PHONY: bench-ray
+test-ray: $(VENV)/.installed-dev  ## Serving and quantizing on a Ray cluster of several nodes on this machine
 	$(ENVIRONMENT) ray
-	.venvs/ray/bin/python -m pytest -q -p no:cacheprovider tests/engines/ray_check.py
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 .venvs/ray/bin/python -m pytest -q -p no:cacheprovider \
+		tests/engines/ray_check.py tests/engines/ray_quantize_check.py
+
+bench-ray: $(VENV)/.installed-dev  ## What replicas on a Ray cluster gain and cost
+	$(ENVIRONMENT) ray
+	.venvs/ray/bin/python benchmarks/ray_serve.py $(BENCH)
 
 .PHONY: test-clients soak
 test-clients: $(VENV)/.installed-dev  ## LangChain, schemathesis and lm-eval against the gateway

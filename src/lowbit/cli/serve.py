@@ -78,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="run engines and gateway on a Ray cluster: auto, HOST:6379, or local to begin one",
     )
+    cluster.add_argument(
+        "--preflight",
+        action="store_true",
+        help="ask the machine, or with --ray every node, whether it can be one of several that run a model, and leave",
+    )
     parser.add_argument("--print-command", action="store_true", help="print what would run, and leave")
     parser.add_argument("--hash-key", action="store_true", help="make a key, print it and its hash, and leave")
     parser.add_argument("--log", action="store_true", help="a line of JSON for every request and event")
@@ -94,6 +99,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("name a model or a configuration: lowbit serve demo")
     _require_extra()
     config = build_config(arguments)
+    if arguments.preflight:
+        from lowbit.ops.node_preflight import preflight_tiers
+
+        lines, passed = preflight_tiers(config, arguments.ray)
+        print("\n".join(lines))
+        return 0 if passed else 2
     return asyncio.run(_main(config, arguments))
 
 
@@ -182,12 +193,13 @@ async def _main(config: ServeConfig, arguments: argparse.Namespace) -> int:
     logs = Path(config.logs) if config.logs is not None else cache_directory() / "logs"
     plans = plan_tiers(config, facts, logs, None if config.threads else idle_cores(), devices)
     if arguments.print_command:
+        nodes = {f"{name}@{tier.name}": tier.nodes for name, model in config.models.items() for tier in model.tiers}
         for tier_id, plan in plans.items():
             there = [
                 f", {human_bytes(size)} of GPU {number}" for number, size in enumerate(plan.policy.gpu_memory) if size
             ]
             print(f"# {tier_id}: {plan.facts.engine}, {human_bytes(plan.policy.memory)} of memory{''.join(there)}")
-            print(printable(plan))
+            print(printable(plan, nodes[tier_id]))
         return 0
     log_to(level=logging.INFO if arguments.log else logging.WARNING)
     if arguments.ray is not None:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lowbit.engines.nodes import check_nodes
 from lowbit.errors import UsageError
 from lowbit.gateway.config_file import Lines, explain, read_yaml
 from lowbit.gateway.policy import Settings
@@ -148,7 +149,8 @@ class TierConfig(Strict):
     of this machine's, chosen where it is not given, none for ``[]``. ``kl`` defaults to the certificate in the
     checkpoint's manifest, ``bits`` to what the name says (int4, q8_0, bf16) or the checkpoint. ``api_key`` is for the
     engine behind ``url``: ``env:NAME``. ``python`` names an interpreter of another environment, for vLLM. ``replicas``
-    is for a Ray cluster. ``tuned`` is what ``lowbit tune`` measured; it means nothing to serving.
+    is for a Ray cluster. ``nodes`` are the addresses of the machines that one vLLM runs over, this one first; what the
+    others run, ``--print-command`` shows. ``tuned`` is what ``lowbit tune`` measured; it means nothing to serving.
     """
 
     name: str
@@ -175,6 +177,7 @@ class TierConfig(Strict):
     hang_timeout: Seconds = 60.0
     tuned: dict[str, Any] = {}
     replicas: ReplicasConfig = ReplicasConfig()
+    nodes: list[str] = []
 
     @field_validator("name")
     @classmethod
@@ -217,6 +220,16 @@ class TierConfig(Strict):
             raise ValueError("gpu_memory is given twice: as bytes, and in flags as a share")
         if self.gpus is not None and len(set(self.gpus)) < len(self.gpus):
             raise ValueError(f"gpus names one twice: {self.gpus}")
+        return self
+
+    @model_validator(mode="after")
+    def _nodes_share_gpus(self) -> TierConfig:
+        if self.nodes:
+            if self.path is None or self.engine not in ("auto", "vllm"):
+                raise ValueError("nodes are for a path that vLLM serves")
+            reasons = check_nodes(self.nodes, self.flags.tensor_parallel or 1, self.flags.pipeline_parallel or 1)
+            if reasons:
+                raise ValueError("; ".join(reasons))
         return self
 
     def known_bits(self) -> float | None:

@@ -15,6 +15,7 @@ import psutil
 
 from lowbit.engines.flags import EngineFlags, build_command
 from lowbit.engines.llama_server import KEY_VARIABLE
+from lowbit.engines.nodes import from_first, node_commands
 from lowbit.engines.presets import ENGINES
 from lowbit.engines.process import EngineSpec
 from lowbit.engines.vllm import check_vllm, speculative_config
@@ -210,12 +211,21 @@ def serving_policy(
     return policy
 
 
-def printable(plan: TierPlan) -> str:
-    """The command of a tier's engine as a shell would take it."""
+def printable(plan: TierPlan, nodes: Sequence[str] = ()) -> str:
+    """The command of a tier's engine as a shell would take it; with ``nodes`` a line for each of them."""
     if plan.spec is None:
         return f"# runs at {plan.url}"
-    variables = [f"{key}={shlex.quote(value)}" for key, value in plan.spec.env.items() if key != KEY_VARIABLE]
-    return " ".join([*variables, *(part if part == "{port}" else shlex.quote(part) for part in plan.spec.command)])
+    if not nodes:
+        return _line(plan.spec.env, plan.spec.command)
+    lines = []
+    for each in from_first(plan.spec.command, nodes):
+        lines += [f"# on {each.node}", _line({**plan.spec.env, **each.environment}, each.command)]
+    return "\n".join(lines)
+
+
+def _line(environment: Mapping[str, str], command: Sequence[str]) -> str:
+    variables = [f"{key}={shlex.quote(value)}" for key, value in environment.items() if key != KEY_VARIABLE]
+    return " ".join([*variables, *(part if part == "{port}" else shlex.quote(part) for part in command)])
 
 
 def _plan(
@@ -306,6 +316,11 @@ def _spec(
         check_vllm(flags)
         flags = replace(flags, extra=(*flags.extra, *speculative_config(flags)))
     command, environment = build_command(profile, str(facts.path), upstream, flags, tier.python or sys.executable)
+    if tier.nodes:
+        if facts.engine != "vllm":
+            raise UsageError(f"{tier_id}: nodes are for vLLM, and this is served by {facts.engine}: leave nodes out")
+        first = node_commands(command, tier.nodes)[0]
+        command, environment = first.command, environment | first.environment
     headers = {}
     if facts.engine == "llama.cpp":
         key = secrets.token_hex(16)

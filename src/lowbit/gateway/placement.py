@@ -78,8 +78,8 @@ def _visible(gpus: Sequence[Gpu], mask: str | None) -> list[tuple[str, Gpu]]:
 
 
 def split_over(tier: TierConfig) -> int:
-    """GPUs that the configuration splits a tier over."""
-    return (tier.flags.tensor_parallel or 1) * (tier.flags.pipeline_parallel or 1)
+    """GPUs of this machine that the configuration splits a tier over."""
+    return (tier.flags.tensor_parallel or 1) * (tier.flags.pipeline_parallel or 1) // max(1, len(tier.nodes))
 
 
 def place(wanted: Mapping[str, Wanted], devices: Sequence[Device]) -> dict[str, tuple[int, ...]]:

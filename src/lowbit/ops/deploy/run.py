@@ -121,7 +121,7 @@ def _tiers(config: ServeConfig) -> list[TierConfig]:
 
 def _devices(tier: TierConfig) -> int:
     """GPUs that a tier asks for: as many as it is split over, none where its engine runs on the processor."""
-    split = (tier.flags.tensor_parallel or 1) * (tier.flags.pipeline_parallel or 1)
+    split = (tier.flags.tensor_parallel or 1) * (tier.flags.pipeline_parallel or 1) // max(1, len(tier.nodes))
     if split > 1 or tier.engine in _GPU_ENGINES:
         return split if tier.url is None else 0
     return 1 if tier.flags.gpu_layers else 0
