@@ -219,6 +219,7 @@ def test_vllm_splits_weights_and_cache_over_its_stages(monkeypatch: pytest.Monke
     assert (whole.gpus, staged.gpus, parallel.gpus) == (1, 2, 2)
     assert staged.gpu_memory < whole.gpu_memory
     assert whole.memory > 0
+    assert whole.kl == 0.0, "nobody has quantized it"
 
 
 # real processes

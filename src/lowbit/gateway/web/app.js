@@ -23,7 +23,7 @@ async function loadModels() {
     const chosen = select.value;
     select.replaceChildren(...models.map((model) => {
       const kl = model.lowbit.kl;
-      const note = model.lowbit.tier ? (kl === null ? "" : `  (KL ${kl.toPrecision(2)})`) : "  (chosen for you)";
+      const note = model.lowbit.tier ? (kl === null ? "" : `  (KL ${Number(kl.toPrecision(2))})`) : "  (chosen for you)";
       return element("option", [model.id + note], { value: model.id });
     }));
     const wanted = models.findIndex((model) => model.id === chosen);
@@ -106,7 +106,7 @@ async function answer(side, model) {
     });
     if (!reply.ok) throw new Error((await reply.json()).error.message);
     const kl = reply.headers.get("x-lowbit-kl");
-    facts = [`${reply.headers.get("x-lowbit-model")}@${reply.headers.get("x-lowbit-tier")}`, ...(kl ? [`KL ${kl}`] : [])];
+    facts = [`${reply.headers.get("x-lowbit-model")}@${reply.headers.get("x-lowbit-tier")}`, ...(kl ? [`KL ${Number(Number(kl).toPrecision(2))}`] : [])];
     for await (const event of events(reply.body)) {
       if (event.error) throw new Error(event.error.message);
       const delta = event.choices[0]?.delta ?? {};

@@ -1,7 +1,7 @@
 // Markdown as DOM nodes: text never becomes HTML, so no answer of a model can put anything else into the page.
 "use strict";
 
-const INLINE = /(`+)([\s\S]+?)\1|\*\*([\s\S]+?)\*\*|\*([^\s*][^*]*?)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/g;
+const INLINE = /(`+)([\s\S]+?)\1|\*\*([\s\S]+?)\*\*|\*([^\s*](?:[^*]*[^\s*])?)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/g;
 
 function element(name, children = [], attributes = {}) {
   const made = document.createElement(name);

@@ -9,7 +9,7 @@ function bytes(value) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
   while (value >= 1000 && unit < units.length - 1) { value /= 1024; unit += 1; }
-  return `${value.toPrecision(3)} ${units[unit]}`;
+  return value ? `${value.toPrecision(3)} ${units[unit]}` : "0";
 }
 
 function remember(list, value) {
@@ -32,7 +32,8 @@ function chart(canvas, values) {
   pen.fillStyle = probe("--soft");
   pen.strokeStyle = probe("--line");
   for (const share of [0, 0.5, 1]) {
-    pen.fillText((top * share).toPrecision(2).replace(/\.0$/, ""), 2, y(top * share) + 4);
+    const value = top * share;
+    pen.fillText(value >= 10 ? Math.round(value) : Number(value.toPrecision(2)), 2, y(value) + 4);
     pen.beginPath();
     pen.moveTo(34, y(top * share));
     pen.lineTo(width, y(top * share));
@@ -58,7 +59,7 @@ function tierRow(tier, budget) {
   const held = tier.resident ?? tier.memory;
   const facts = [`${tier.engine}`, `${tier.bits} bit`];
   const gpu = tier.gpu_memory.map((size, number) => (size ? `${bytes(size)} of GPU ${number}` : "")).filter(Boolean);
-  if (tier.kl !== null) facts.push(`KL ${tier.kl.toPrecision(2)}`);
+  if (tier.kl !== null) facts.push(`KL ${Number(tier.kl.toPrecision(2))}`);
   if (tier.ewma_ttft !== null) facts.push(`first token ${(tier.ewma_ttft * 1000).toFixed(0)} ms`);
   if (tier.restarts) facts.push(`${tier.restarts} restarts`);
   return element("div", [
