@@ -50,8 +50,14 @@ def test_fused_shards_agree(measurement: Measurement) -> None:
 def test_too_small_a_budget_says_by_how_much(measurement: Measurement) -> None:
     with pytest.raises(ResourceError, match=r"2.5 is below the smallest choice, 3\.\d+.*int3-g64-sym"):
         choose(measurement, bits_per_weight=2.5)
-    with pytest.raises(ResourceError, match="MiB too large"):
+    with pytest.raises(ResourceError, match=r"MiB too large: give at least \d+KiB.*int3-g64-sym") as found:
         choose(measurement, total_bytes=1000)
+    # What is advised does fit, and no less.
+    enough = int(str(found.value).partition("at least ")[2].partition("KiB")[0]) * 1024
+    fitting = choose(measurement, total_bytes=enough).choices.values()
+    assert {split_choice(choice)[0] for choice in fitting} == {"int3-g64-sym"}
+    with pytest.raises(ResourceError):
+        choose(measurement, total_bytes=enough - 2048)
     with pytest.raises(UsageError):
         choose(measurement)
 

@@ -366,8 +366,10 @@ def _too_small(
     missing = (least - budget) / 2**20
     if bits_per_weight is not None:
         floor = 8 * least / measurement.weights
-        what = f"--bits-per-weight {bits_per_weight:g} is below the smallest choice, {floor:.3f}"
+        what = f"--bits-per-weight {bits_per_weight:g} is below the smallest choice, {floor:.3f}: give that"
     else:
-        what = f"the smallest choice is {missing:,.1f} MiB too large"
-    smallest = min((name for options in table for name in options), key=lambda name: (name == DENSE, name))
-    return f"{what}: give more room, or smaller --candidates (the smallest now: {smallest})"
+        enough = math.ceil((least + measurement.other_bytes) / 1024)
+        what = f"the smallest choice is {missing:,.2f} MiB too large: give at least {enough}KiB"
+    largest_group = max(table, key=lambda options: max(option.bytes for option in options.values()))
+    smallest = split_choice(min(largest_group, key=lambda name: largest_group[name].bytes))[0]
+    return f"{what}, or smaller --candidates (the smallest now: {smallest})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,7 +158,9 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress, executor: Exe
         partial.commit_part(index + 1, block.tensors(), record)
         reports += block.reports
         progress.advance(name, **_fields(job, block.reports, time.perf_counter() - began))
-        del block  # so that two blocks are never in memory at once
+        # Two blocks are never to be in memory at once, and a block refers to itself: nobody else lets go of it.
+        del block, tensors
+        gc.collect()
     progress.close()
     if stores is not None:
         for store in (*stores.states, *stores.beside):

@@ -29,8 +29,8 @@ _ALIVE = 4
 _START_SECONDS = 6.0
 """Imports, compiled kernels, hashing the source: what even the smallest model takes."""
 
-_GRAMS = 2.5
-"""Matrices of ``in * in`` floats alive while the widest input is factorised."""
+_GRAMS, _GRAMS_SEARCHED = 2.5, 1.5
+"""Matrices of ``in * in`` floats alive while the widest input is factorised, and where it is only searched with."""
 _FACTOR_SHARE = 0.4
 """Rate of a Cholesky factorisation relative to matrix products."""
 _FORWARD_SHARE = 0.6
@@ -228,7 +228,8 @@ def _memory(blocks: dict[str, list[PlannedModule]], workload: Workload, calibrat
     if calibrated:
         models = 2 if _runs_beside(planned) else 1
         # beside a Gram matrix its cross product with the float model's inputs, what solves it, and the solution
-        memory["statistics"] = int((_GRAMS + 3 * (models - 1)) * 4 * widest**2)
+        grams = _GRAMS if any(_cost(m).factorises for m in planned) else _GRAMS_SEARCHED
+        memory["statistics"] = int((grams + 3 * (models - 1)) * 4 * widest**2)
         memory["activations"] = models * _in_flight(workload, widest)
         memory["block"] += (models - 1) * largest * workload.itemsize
     comes_and_goes = sum(memory.values()) - BASE_BYTES - memory.get("compiler", 0)
