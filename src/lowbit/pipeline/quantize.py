@@ -159,7 +159,7 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress, executor: Exe
         reports += block.reports
         progress.advance(name, **_fields(job, block.reports, time.perf_counter() - began))
         # Two blocks are never to be in memory at once, and a block refers to itself: nobody else lets go of it.
-        del block, tensors
+        del block
         gc.collect()
     progress.close()
     if stores is not None:
