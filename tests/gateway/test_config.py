@@ -19,6 +19,7 @@ from lowbit.gateway.launch import (
     serving_policy,
     thread_variables,
 )
+from lowbit.gateway.prepare import find_facts
 
 GIB = 1024**3
 TIER = {"name": "int4", "path": "m.gguf"}
@@ -229,3 +230,26 @@ def test_threads_of_a_large_model_look_longer_before_they_sleep(tmp_path: Path) 
     assert plan.spec is not None
     assert plan.spec.env["GOMP_SPINCOUNT"] == small["GOMP_SPINCOUNT"]
     assert "--threads 1 " in f"{printable(plan)} ", "a model of a few bytes has one thread"
+
+
+def test_what_was_measured_of_a_checkpoint_is_told_of_its_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that is served holds the checkpoint's codes; its distance is the checkpoint's, or not known."""
+    import lowbit
+
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    made = tmp_path / "gptq"
+    lowbit.quantize("demo", str(made), scheme="W4A16", method="rtn", format="gptq", certify_tokens=2000)
+    config = parse_config(models({"name": "int4", "path": str(made), "context": 64}))
+    facts = find_facts(config, print)["a@int4"]
+    assert str(facts.path).endswith(".gguf")
+    assert facts.kl is not None
+    assert facts.kl > 0
+    assert facts.error is not None
+    assert facts.error > 0
+    (made / "lowbit.json").unlink()
+    facts = find_facts(config, print)["a@int4"]
+    assert (facts.kl, facts.error) == (None, None), "a checkpoint of others: nobody measured it"
+    original = parse_config(models({"name": "bf16", "path": "demo", "context": 64}))
+    assert find_facts(original, print)["a@bf16"].kl == 0.0

@@ -191,13 +191,13 @@ def _describe(engine: str, tier: TierConfig, source: Path, path: Path, devices: 
     from lowbit.checkpoint.manifest import read_manifest
     from lowbit.sizing.estimate import estimate
 
-    manifest = read_manifest(path)
-    kl = _certified(path)
-    if kl is None and path != source and tier.quantize is None:
-        original = read_manifest(source)
-        # the very codes or values of the source: what holds for it holds here
-        kl = _certified(source) if original is not None and original.modules else 0.0
-    if kl is None and path == source and path.is_dir() and _is_original(path):
+    described = path
+    if tier.quantize is None:
+        described = source  # where it was converted, these are its very codes or values: what holds for it holds here
+    manifest = read_manifest(described)
+    modules = manifest.modules if manifest is not None else {}
+    kl = _certified(described)
+    if kl is None and not modules and tier.quantize is None and source.is_dir() and _is_original(source):
         kl = 0.0
     planner = engine if engine in ("vllm", "llama.cpp") else "vllm"
     split = tier.flags.tensor_parallel or 1
@@ -219,7 +219,7 @@ def _describe(engine: str, tier: TierConfig, source: Path, path: Path, devices: 
         host + _PROCESS,
         precision.bits,
         kl,
-        _weight_error(manifest.modules if manifest is not None else {}),
+        _weight_error(modules),
         context if engine == "llama.cpp" else tier.context or first.max_context,
         count,
         on_gpu,
