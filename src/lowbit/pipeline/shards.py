@@ -56,7 +56,7 @@ class Shards:
         self._batches, self._beside = batches, beside
         self._blocks = blocks
         self._open = list(stages)
-        self._options = {"keep": keep, "spill": spill or not keep, "watch_cache": watch_cache}
+        self._keep, self._spill, self._watch_cache = keep, spill or not keep, watch_cache
         self._paired = frozenset(paired)
         count = max(1, min(executor.workers, len(batches)))
         edges = [len(batches) * part // count for part in range(count + 1)]
@@ -105,7 +105,9 @@ class Shards:
                 self._paired,
                 self._model.device,
                 self._model.dtype,
-                **self._options,
+                self._keep,
+                self._spill,
+                self._watch_cache,
             )
         )
         started = {place: self._executor.start(Shard, work) for place in missing}
