@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ from lowbit.quant.best import DEFAULT_BUDGET, parse_budget
 
 TOKENS_PER_FORWARD = 2048
 """Tokens that go through a block at a time: enough for matrix products at full rate."""
+
+
+_HANDFUL = 16
+"""Numbers that describe a matrix rather than make it up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +156,34 @@ def _run(job: Job, partial: PartialCheckpoint, progress: Progress, executor: Exe
         job.prefetch(index + 1)
         spent = pace.spent
         block = _quantize_block(job, index, stores, stages, progress, pace, executor)
+        tensors = block.tensors()
+        block.reports = [_as_stored(report, tensors) for report in block.reports]
         record: dict[str, Any] = {"modules": [report.to_json() for report in block.reports]}
         if pace.spent > spent:
             record["seconds"] = pace.spent - spent
-        partial.commit_part(index + 1, block.tensors(), record)
+        partial.commit_part(index + 1, tensors, record)
         reports += block.reports
         progress.advance(name, **_fields(job, block.reports, time.perf_counter() - began))
         # Two blocks are never to be in memory at once, and a block refers to itself: nobody else lets go of it.
-        del block
+        del block, tensors
         gc.collect()
     progress.close()
     if stores is not None:
         for store in (*stores.states, *stores.beside):
             store.close()
     return reports
+
+
+def _as_stored(report: ModuleReport, tensors: Mapping[str, torch.Tensor]) -> ModuleReport:
+    """``report`` with the bits that its weights take in the file, padding included.
+
+    Arrays count that grow with the matrix: no bias, no shapes, no scale of the inputs.
+    """
+    inside = {
+        name.removeprefix(f"{report.name}."): t for name, t in tensors.items() if name.startswith(f"{report.name}.")
+    }
+    stored = sum(t.nbytes for name, t in inside.items() if name != "bias" and t.numel() > _HANDFUL)
+    return replace(report, bits_per_weight=8 * stored / report.weights)
 
 
 def _pace(job: Job, partial: PartialCheckpoint) -> Pace:
