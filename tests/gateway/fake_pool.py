@@ -24,6 +24,7 @@ class FakeLease:
     context: int | None
     kl: float | None
     session: ClientSession
+    tools: bool | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     reports: list[tuple[str, Any]] = field(default_factory=list)
     released: int = 0

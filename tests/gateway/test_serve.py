@@ -17,6 +17,7 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+from openai.types.chat import ChatCompletionToolParam
 
 from lowbit.cli.main import main
 
@@ -108,6 +109,13 @@ def test_structured_output_from_a_real_model(server: tuple[subprocess.Popen[str]
         max_tokens=40,
     )
     assert json.loads(answer.choices[0].message.content or "") in ("red", "blue")
+
+
+def test_tools_that_the_template_would_pass_over_are_refused(server: tuple[subprocess.Popen[str], str]) -> None:
+    client = openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none")
+    tools: list[ChatCompletionToolParam] = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    with pytest.raises(openai.BadRequestError, match="chat template of tiny@int8 knows none"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}], tools=tools)
 
 
 def test_the_engine_is_reached_only_through_the_gateway(server: tuple[subprocess.Popen[str], str]) -> None:

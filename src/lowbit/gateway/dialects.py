@@ -62,6 +62,9 @@ def adapt(body: dict[str, Any], lease: Lease) -> dict[str, Any]:
     for field, reason in dialect.refused.items():
         if sent.get(field):
             raise Refusal(400, f"{field}: {reason}", param=field, code="not_supported")
+    if lease.tools is False and sent.get("tools") and sent.get("tool_choice") != "none":
+        message = f"tools: the chat template of {lease.tier_id} knows none, and the model would never hear of them"
+        raise Refusal(400, message, param="tools", code="not_supported")
     for field, name in dialect.renamed.items():
         if field in sent:
             value = sent.pop(field)

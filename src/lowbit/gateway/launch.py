@@ -58,7 +58,8 @@ _FILLING = (*_TOLD, "sglang", "lmdeploy", "tensorrt-llm")
 class TierFacts:
     """What :mod:`lowbit.gateway.prepare` found out about a tier: the engine that takes it, the file or directory it
     loads, planned bytes of the host, bits of the weights, KL divergence and relative weight error of its certificate,
-    the tokens of context that the model was made for, and how many GPUs it computes on with planned bytes on each.
+    the tokens of context that the model was made for, how many GPUs it computes on with planned bytes on each, and
+    whether its chat template knows tools (None: nobody looked).
     """
 
     engine: str
@@ -70,6 +71,7 @@ class TierFacts:
     context: int | None = None
     gpus: int = 0
     gpu_memory: int = 0
+    tools: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,11 @@ class PoolLease:
         return self._plan.context
 
     @property
+    def tools(self) -> bool | None:
+        """Whether the model can be told of tools."""
+        return self._plan.facts.tools
+
+    @property
     def kl(self) -> float | None:
         """Measured KL divergence from the original."""
         return self._plan.policy.kl

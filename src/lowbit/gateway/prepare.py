@@ -223,7 +223,15 @@ def _describe(engine: str, tier: TierConfig, source: Path, path: Path, devices: 
         context if engine == "llama.cpp" else tier.context or first.max_context,
         count,
         on_gpu,
+        _knows_tools(path) if engine == "llama.cpp" else None,
     )
+
+
+def _knows_tools(path: Path) -> bool:
+    """Whether the chat template of a GGUF file shows tools to the model: llama.cpp passes over what it does not."""
+    from lowbit.codecs.gguf.container import read_gguf
+
+    return "tool" in str(read_gguf(path).metadata.get("tokenizer.chat_template", ""))
 
 
 def _is_original(path: Path) -> bool:

@@ -62,6 +62,10 @@ class Lease(Protocol):
         """Tokens of prompt and answer that one request may have; None where unknown."""
 
     @property
+    def tools(self) -> bool | None:
+        """Whether the model can be told of tools; None where unknown."""
+
+    @property
     def kl(self) -> float | None:
         """Measured KL divergence of the tier from the original, nats per token."""
 
