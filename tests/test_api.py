@@ -75,4 +75,4 @@ def test_version_matches_the_package() -> None:
 
 def test_quantize_names_every_setting() -> None:
     names = {f.name for kind in (Settings, GgufSettings) for f in dataclasses.fields(kind)}
-    assert set(QuantizeSettings.__annotations__) == names - {"held_out_tokens"} | {"resume", "overwrite"}
+    assert set(QuantizeSettings.__annotations__) == names - {"held_out_tokens"} | {"resume", "overwrite", "executor"}

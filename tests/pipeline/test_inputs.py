@@ -192,9 +192,9 @@ def test_the_float_model_stays_the_same(
         return scales
 
     patched = {**transforms.TRANSFORMS, "smoothquant": replace(real, search=half)}
-    monkeypatch.setattr("lowbit.pipeline.block.TRANSFORMS", patched)
+    monkeypatch.setattr("lowbit.pipeline.solving.TRANSFORMS", patched)
     solvers = {**METHODS, "rtn": methods.Method("rtn", RtnOptions, False, _exact, lambda spec: [])}
-    monkeypatch.setattr("lowbit.pipeline.block.METHODS", solvers)
+    monkeypatch.setattr("lowbit.pipeline.solving.METHODS", solvers)
     monkeypatch.setattr("lowbit.pipeline.checks._round_trips", lambda *_: [])  # floats don't say their grid
     out = tmp_path / "out"
     result = _quantize(

@@ -38,3 +38,10 @@ def test_large_budgets_are_met_closely() -> None:
     names = allocate(groups, budget)
     spent = sum(g[n].bytes for g, n in zip(groups, names, strict=True))
     assert 0.98 * budget < spent <= budget
+
+
+@given(st.integers(1, 10**9), st.integers(0, 10**4), st.integers(2, 60))
+def test_a_budget_that_one_option_fills_to_the_byte_is_filled(size: int, more: int, count: int) -> None:
+    """Rounding sizes up would make the same choice everywhere look too large for its own size."""
+    groups = [{"small": Option(7 * size, 3.0), "large": Option((7 + more) * size, 1.0)} for _ in range(count)]
+    assert allocate(groups, (7 + more) * size * count) == ["large"] * count

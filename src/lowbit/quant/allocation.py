@@ -6,6 +6,7 @@ choice everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,10 @@ from lowbit.errors import ResourceError
 
 __all__ = ["Option", "allocate"]
 
+EXACT = 200_000
+"""Most parts of the bytes to spend for which the problem is solved exactly."""
 STEPS = 20_000
-"""Parts that the bytes to spend are counted in: a choice may leave at most groups / STEPS of them unspent."""
+"""Parts that they are counted in otherwise: a choice may then leave at most groups / STEPS of them unspent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,9 @@ class Option:
 def allocate(groups: Sequence[Mapping[str, Option]], budget: int) -> list[str]:
     """One option name per group, with the least total cost of all choices of at most ``budget`` bytes in total.
 
-    Exact up to the rounding of each group's bytes to 1/20000 of what there is to choose, always upwards, so that the
-    budget holds. Raises :class:`ResourceError` saying what the smallest choice needs when even that is too large.
+    Sizes of weights have large common divisors, and then it is exact; otherwise each group's bytes are rounded to
+    1/20000 of what there is to choose, always upwards, so that the budget holds. Raises :class:`ResourceError` saying
+    what the smallest choice needs when even that is too large.
     """
     useful = [_undominated(options) for options in groups]
     floor = sum(options[0][1].bytes for options in useful)
@@ -40,7 +44,7 @@ def allocate(groups: Sequence[Mapping[str, Option]], budget: int) -> list[str]:
             f"the smallest choice takes {floor:,} bytes, {floor - budget:,} more than the {max(budget, 0):,} there are"
         )
     room = min(budget, sum(options[-1][1].bytes for options in useful)) - floor
-    unit = max(1, -(-room // STEPS))
+    unit = _unit(useful, room)
     best = np.zeros(room // unit + 1)
     chosen: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
     for options in useful:
@@ -59,6 +63,12 @@ def allocate(groups: Sequence[Mapping[str, Option]], budget: int) -> list[str]:
         names.append(name)
         spent -= -(-(option.bytes - options[0][1].bytes) // unit)
     return names[::-1]
+
+
+def _unit(groups: Sequence[Sequence[tuple[str, Option]]], room: int) -> int:
+    """Bytes in a part: the greatest that all differences are made of, or more where those are too many."""
+    common = math.gcd(*(option.bytes - options[0][1].bytes for options in groups for _, option in options))
+    return common if common and room // common <= EXACT else max(1, -(-room // STEPS))
 
 
 def _undominated(options: Mapping[str, Option]) -> list[tuple[str, Option]]:
