@@ -48,6 +48,8 @@ STANDS_FOR = [
     (r"\bOUT\b", "./out"),
     (r"--snapshot \S+", ""),  # an identity that only that backup has
 ]
+SMALL = "the budget holds the model as it is"
+"""What `fit` rightly says where the model that stands for the reader's is a thousand times smaller."""
 SAMPLES = ["--samples", "16", "--seq-len", "512"]
 """Calibration of the verbs that calibrate, where the page does not say how much: shorter than their default."""
 CALIBRATING = ("quantize", "imatrix", "compare", "fit")
@@ -190,7 +192,7 @@ def attempt(command: str, folder: Path) -> str:
         except subprocess.TimeoutExpired:
             return f"still running after {LIMIT:.0f} s"
     said = (done.stdout[-1200:] + done.stderr[-1200:]).strip()
-    return f"status {done.returncode}: {said}" if done.returncode else ""
+    return f"status {done.returncode}: {said}" if done.returncode and SMALL not in said else ""
 
 
 def main() -> int:
