@@ -148,6 +148,8 @@ def gateway(folder: Path, wanted: bool) -> Iterator[None]:
 
 def written(arguments: list[str]) -> str | None:
     """What a command is to write, for it must not be there yet."""
+    if "-o" in arguments:
+        return arguments[arguments.index("-o") + 1]
     if arguments[0] not in WRITERS or "--resume" in arguments:
         return None
     names = []

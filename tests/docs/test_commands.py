@@ -31,7 +31,7 @@ def documented() -> Iterator[tuple[str, str]]:
                 yield page, " ".join(command.split())
 
 
-COMMANDS = sorted(set(documented()))
+COMMANDS = list(dict.fromkeys(documented()))
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
