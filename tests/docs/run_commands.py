@@ -38,7 +38,7 @@ LIMIT = 600.0
 ELSEWHERE = {
     r"s3://|ssh://": "needs servers: make test-backup",
     r"--ray": "needs Ray: make test-ray",
-    r"Qwen/Qwen3-8B": "needs the hub: tests of the hub against a stand-in",
+    r"Qwen/Qwen3-8B|--calibration general": "needs the hub: tests of the hub against a stand-in",
 }
 STANDS_FOR = [
     (r"--budget \d+m", "--budget 30s"),  # shorter, otherwise as written
