@@ -3,6 +3,7 @@
 from lowbit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.description import ModelDescription
 from lowbit.checkpoint.files import FileRecord, hash_file, read_json_object, write_json
+from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.location import locate
 from lowbit.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -19,6 +20,7 @@ __all__ = [
     "MANIFEST_NAME",
     "Checkpoint",
     "FileRecord",
+    "Journal",
     "Manifest",
     "ModelDescription",
     "PartialCheckpoint",

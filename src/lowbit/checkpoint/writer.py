@@ -18,7 +18,6 @@ Every file appears by rename after fsync, so a kill at any instant leaves either
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,12 +33,12 @@ from lowbit.checkpoint.files import (
     disk_errors,
     file_pieces,
     hash_file,
-    parse_json_object,
     read_json_object,
     sync_directory,
     write_atomically,
     write_json,
 )
+from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.manifest import MANIFEST_NAME, Manifest, write_manifest
 from lowbit.checkpoint.safetensors import TensorInfo, layout, read_header, read_tensor, write_safetensors
 from lowbit.errors import CheckpointError, ResourceError, UsageError
@@ -85,7 +84,7 @@ class PartialCheckpoint:
         self.out = out
         self.directory = partial_path(out)
         self.fingerprint = fingerprint
-        self.journal: list[dict[str, Any]] = []
+        self._journal = Journal(self.directory / "journal.jsonl", _WAY_OUT)
         self.finished = finished
         self._lock = lock
         self._overwrite = overwrite
@@ -148,6 +147,11 @@ class PartialCheckpoint:
             self._lock = -1
 
     @property
+    def journal(self) -> list[dict[str, Any]]:
+        """The finished steps."""
+        return self._journal.entries
+
+    @property
     def scratch(self) -> Path:
         """A directory for the caller's own files; kept for ``--resume``, deleted by :meth:`finish`."""
         path = self.directory / "scratch"
@@ -168,17 +172,7 @@ class PartialCheckpoint:
         name = f"{index:05d}.safetensors"
         written = write_safetensors(self._parts / name, tensors, way_out=_WAY_OUT)
         entry = {**record, "index": index, "part": name, "sha256": written.sha256, "bytes": written.bytes}
-        line = json.dumps(entry, ensure_ascii=False)
-        journal = self.directory / "journal.jsonl"
-        with disk_errors(journal, len(line) + 1, _WAY_OUT), journal.open("ab", buffering=0) as file:
-            position = file.seek(0, os.SEEK_END)
-            try:
-                _write_all(file.fileno(), line.encode("utf-8") + b"\n")
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(position)
-                raise
-        self.journal.append(json.loads(line))
+        self._journal.append(entry)
 
     def read_part(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a committed part; KeyError if the journal has no such part."""
@@ -243,7 +237,7 @@ class PartialCheckpoint:
         for name in ("final", "parts", "scratch", "replaced"):
             _remove(self.directory / name)
         self._parts.mkdir()
-        (self.directory / "journal.jsonl").touch()
+        self._journal.path.touch()
         sync_directory(self.directory)
         sync_directory(self.directory.parent)
 
@@ -255,29 +249,15 @@ class PartialCheckpoint:
         self._parts.mkdir(exist_ok=True)
         for path in self._parts.glob(f"*{TEMPORARY}"):
             path.unlink()
-        journal = self.directory / "journal.jsonl"
-        data = journal.read_bytes() if journal.exists() else b""
-        lines = list(self._valid_lines(data))
-        if b"".join(lines) != data or not journal.exists():
-            write_atomically(journal, [b"".join(lines)], sum(map(len, lines)), _WAY_OUT)
-        self.journal = [json.loads(line) for line in lines]
+        self._journal.take_up(self._part_is_there)
 
-    def _valid_lines(self, data: bytes) -> Iterator[bytes]:
-        """The journal's lines up to the first that is torn or whose part is not what it was.
-
-        What follows such a line is dropped too, for each step builds on the ones before it.
-        """
-        for line in data.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                entry = parse_json_object(line, "journal")
-                record = FileRecord(entry["sha256"], entry["bytes"])
-                if Path(entry["part"]).name != entry["part"] or hash_file(self._parts / entry["part"]) != record:
-                    return
-            except (CheckpointError, KeyError, TypeError):
-                return
-            yield line
+    def _part_is_there(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the part that an entry names is what it was."""
+        try:
+            record = FileRecord(entry["sha256"], entry["bytes"])
+            return Path(entry["part"]).name == entry["part"] and hash_file(self._parts / entry["part"]) == record
+        except (CheckpointError, KeyError, TypeError):
+            return False
 
     def _assemble(
         self,
@@ -337,12 +317,6 @@ class PartialCheckpoint:
                 _remove(self.directory / name)
             _remove(self.directory)
         self.close()
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while len(view):
-        view = view[os.write(descriptor, view) :]
 
 
 def _remove(path: Path) -> None:

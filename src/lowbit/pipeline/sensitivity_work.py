@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from lowbit.checkpoint import Journal
 from lowbit.errors import ResourceError
 from lowbit.pipeline.choices import GroupSensitivity, group_from_json
 
 __all__ = ["SweepWork"]
+
+_WAY_OUT = "free some space, or name another file"
 
 
 class SweepWork:
@@ -25,15 +27,18 @@ class SweepWork:
 
     def __init__(self, folder: Path, key: str = "") -> None:
         self.folder = folder
-        self._journal = folder / "journal.jsonl"
+        self._journal = Journal(folder / "journal.jsonl", _WAY_OUT)
         self._done: dict[str, list[GroupSensitivity]] = {}
-        if not self._read(key):
+        if self._journal.path.exists():
+            self._journal.take_up(self._holds)
+        if self._journal.entries[:1] != [{"key": key}]:
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 folder.mkdir(parents=True)
             except OSError as error:
                 raise ResourceError(f"{folder}: cannot be written ({error.strerror}): name another file") from error
-            self._append({"key": key})
+            self._journal, self._done = Journal(self._journal.path, _WAY_OUT), {}
+            self._journal.append({"key": key})
 
     @classmethod
     @contextmanager
@@ -48,31 +53,15 @@ class SweepWork:
 
     def finish(self, step: str, groups: Sequence[GroupSensitivity] = ()) -> list[GroupSensitivity]:
         """Note that ``step`` is done, its files synced; returns ``groups``."""
-        self._append({"step": step, "groups": [asdict(group) for group in groups]})
+        self._journal.append({"step": step, "groups": [asdict(group) for group in groups]})
         self._done[step] = list(groups)
         return self._done[step]
 
-    def _append(self, entry: dict[str, object]) -> None:
+    def _holds(self, entry: dict[str, Any]) -> bool:
+        """Take up what an entry says; False for one that says nothing."""
         try:
-            with open(self._journal, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise ResourceError(f"{self._journal}: cannot be written ({error.strerror}): free some space") from error
-
-    def _read(self, key: str) -> bool:
-        """Take up the journal; False if there is none of this ``key``. A line that was cut off ends it."""
-        try:
-            first, *lines = self._journal.read_text(encoding="utf-8").splitlines()
-            if json.loads(first) != {"key": key}:
-                return False
-        except (OSError, ValueError):
+            if "key" not in entry:
+                self._done[entry["step"]] = [group_from_json(group) for group in entry["groups"]]
+        except (KeyError, TypeError, ValueError):
             return False
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            self._done[entry["step"]] = [group_from_json(group) for group in entry["groups"]]
         return True
