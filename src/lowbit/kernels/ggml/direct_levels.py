@@ -49,10 +49,19 @@ def encode_mxfp4(weight: Floats | Halves, importance: Floats | None, blocks: Byt
 
 
 @compiled  # type: ignore[untyped-decorator]
-def _magnitudes(bits: Any, count: int, magnitudes: Any) -> None:
+def _filled(
+    halves: Any, weight: Any, importance: Any, start: int, size: int, bits: Any, magnitudes: Any, shares: Any
+) -> Any:
+    """The weights from ``start`` on, as many as fit: their bits, magnitudes and shares of the importance. Returns the
+    number of blocks of ``size`` and the upper bits of the greatest magnitude."""
+    blocks = fill(halves, weight, start, bits) // size
+    count = blocks * size
     whole = magnitudes.view(np.int32)
     for i in range(count):
         whole[i] = bits[i] & np.int32(0x7FFFFFFF)
+    if importance.shape[0]:
+        fill_shares(importance, start, shares[:count])
+    return blocks, greatest_of(halves, bits, start, count)
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -63,11 +72,8 @@ def _ternary(halves: Any, weight: Any, importance: Any, lanes: int, blocks: Any)
     signs, codes = bits.view(np.float32), np.empty(size, np.uint8)
     greatest = np.uint16(0)
     for start in range(0, max(halves.shape[0], weight.shape[0]), _CHUNK):
-        n = fill(halves, weight, start, bits) // size
-        greatest = max(greatest, greatest_of(halves, bits, start, n * size))
-        _magnitudes(bits, n * size, y)
-        if importance.shape[0]:
-            fill_shares(importance, start, shares[: n * size])
+        n, top = _filled(halves, weight, importance, start, size, bits, y, shares)
+        greatest = max(greatest, top)
         for block in range(n):
             part, share = y[block * size : (block + 1) * size], shares[block * size : (block + 1) * size]
             scales[block] = _ternary_scale(part, share, lanes, sums[0], sums[1])
@@ -154,11 +160,8 @@ def _mxfp4(halves: Any, weight: Any, importance: Any, lanes: int, blocks: Any) -
     least, partial = np.empty((2, _CHUNK // size), np.float32), np.empty(_CHUNK // size * _LANES, np.float32)
     greatest = np.uint16(0)
     for start in range(0, max(halves.shape[0], weight.shape[0]), _CHUNK):
-        n = fill(halves, weight, start, bits) // size
-        greatest = max(greatest, greatest_of(halves, bits, start, n * size))
-        _magnitudes(bits, n * size, y)
-        if importance.shape[0]:
-            fill_shares(importance, start, shares[: n * size])
+        n, top = _filled(halves, weight, importance, start, size, bits, y, shares)
+        greatest = max(greatest, top)
         _places(y, lanes, partial, places[:n])
         for below in range(2):
             _level_errors(y, shares, lanes, places[:n], below, inverses, partial, least[below])

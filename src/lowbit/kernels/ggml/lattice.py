@@ -202,11 +202,58 @@ def _block_scale(unit: Any, steps: int, wanted: Any, sums: Any, counts: Any) -> 
 
 
 @compiled  # type: ignore[untyped-decorator]
+def _scan(
+    sub: int, middle: Any, top: Any, level: bool, shape: Any, ratio: Any, x: Any, codebook: Any, known: Any, room: Any,
+    lists: Any,
+) -> None:  # fmt: skip
+    """Try scales for a sub-block around ``middle``, and beyond where the best is at the edge; ``wanted`` gets the best.
+
+    A ``level`` one, of weights of nearly one magnitude, may fit a point of nearly one magnitude, at a scale far from
+    the usual: those are tried, too.
+    """
+    thresholds, halves, order, start, neighbours = codebook
+    tables, total, odd = known
+    gain, out, point, shifted, flipped, wanted = room
+    sums, counts, _, scales = lists
+    wanted[sub] = 0.0
+    count = _SCANS if middle > 0 else 1
+    scales[0] = 1.0
+    if middle > 0:
+        scales[0] = middle / ratio
+        for k in range(1, _SCANS):
+            scales[k] = scales[k - 1] * ratio
+    limit = _SCANS + _WIDER
+    at, edge, best = np.int64(0), 0, np.float32(0.0)
+    while count > 0:
+        # scales around the middle together; beyond, one at a time
+        code_sub_block(
+            sub, count, np.bool_(False), shape, x, scales, thresholds, order, start, neighbours, tables, total, odd,
+            gain, out, point, shifted, flipped, sums, at,
+        )  # fmt: skip
+        where = -1
+        for k in range(count):
+            value, scale = _refitted(sums[sub, at + k, 0], sums[sub, at + k, 1])
+            if value > best:
+                best, wanted[sub], where = value, scale, k
+        at += count
+        if edge == 0:
+            edge = -1 if where == 0 else 1 if where == _SCANS - 1 else 0
+        count = 1 if where >= 0 and edge != 0 and at < limit else 0
+        if count:
+            scales[0] = scales[where] * (ratio if edge > 0 else np.float32(1.0) / ratio)
+        elif level:
+            level, count, edge, limit = False, _SCANS, 0, limit + _SCANS
+            for k in range(_SCANS):
+                scales[k] = top / halves[0, k]
+    counts[sub] = at
+
+
+@compiled  # type: ignore[untyped-decorator]
 def _encode(
     importance: Any, shape: Any, constants: Any, x: Any, codebook: Any, known: Any, room: Any, lists: Any, kept: Any
 ) -> Any:
     """Code a block into ``kept``; return its scale as a float32 that float16 holds exactly."""
-    thresholds, halves, order, start, neighbours = codebook
+    thresholds, _, order, start, neighbours = codebook
     tables, total, odd = known
     gain, out, point, shifted, flipped, wanted = room
     sums, counts, number, scales = lists
@@ -223,40 +270,8 @@ def _encode(
         if not energy < _TOO_LARGE:
             return np.float32(np.inf)
         whole += energy
-        middle = guess * np.sqrt(energy / mass)
         level = shape[3] and top * top * mass < np.float32(_FLAT) * energy
-        wanted[sub] = 0.0
-        count = _SCANS if middle > 0 else 1
-        scales[0] = 1.0
-        if middle > 0:
-            scales[0] = middle / ratio
-            for k in range(1, _SCANS):
-                scales[k] = scales[k - 1] * ratio
-        limit = _SCANS + _WIDER
-        at, edge, best = np.int64(0), 0, np.float32(0.0)
-        while count > 0:
-            # scales around the middle together; beyond, where the best is at the edge, one at a time
-            code_sub_block(
-                sub, count, np.bool_(False), shape, x, scales, thresholds, order, start, neighbours, tables, total,
-                odd, gain, out, point, shifted, flipped, sums, at,
-            )  # fmt: skip
-            where = -1
-            for k in range(count):
-                value, scale = _refitted(sums[sub, at + k, 0], sums[sub, at + k, 1])
-                if value > best:
-                    best, wanted[sub], where = value, scale, k
-            at += count
-            if edge == 0:
-                edge = -1 if where == 0 else 1 if where == _SCANS - 1 else 0
-            count = 1 if where >= 0 and edge != 0 and at < limit else 0
-            if count:
-                scales[0] = scales[where] * (ratio if edge > 0 else np.float32(1.0) / ratio)
-            elif level:
-                # weights of nearly one magnitude may fit a point of nearly one magnitude, at a scale far from the usual
-                level, count, edge, limit = False, _SCANS, 0, limit + _SCANS
-                for k in range(_SCANS):
-                    scales[k] = top / halves[0, k]
-        counts[sub] = at
+        _scan(sub, guess * np.sqrt(energy / mass), top, level, shape, ratio, x, codebook, known, room, lists)
     scale = _block_scale(unit, steps, wanted, sums, counts)
     if not scale > 0:
         return np.float32(0.0)

@@ -15,7 +15,7 @@ B, LEAST, A = 0, 1, 2
 """Where in the tables ``[3 or 4, runs, 2 patterns]`` the sums stand, those of the left half before those of the right:
 ``sum(w x g)``, the least single term of it, and ``sum(w g^2)`` (for the codebook shifted up, then down)."""
 
-compiled = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
+compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 @compiled  # type: ignore[untyped-decorator]

@@ -75,14 +75,3 @@ def four_xs_scales(scales: npt.NDArray[np.int8]) -> Bytes:
         (shifted >> np.uint8(4)).astype(np.uint16) << np.arange(0, 16, 2, dtype=np.uint16), axis=1
     )
     return np.concatenate([high[:, None].view(np.uint8), join_nibbles(shifted, 1)], axis=1)
-
-
-def base_three(codes: Bytes) -> Bytes:
-    """uint8 ``[n, 52]``: 256 ternary digits as TQ1_0 holds them, a byte the fraction ``digits / 243`` rounded up."""
-    powers = np.array([81, 27, 9, 3, 1], dtype=np.uint16)
-    parts = (codes[:, :160].reshape(-1, 5, 32), codes[:, 160:240].reshape(-1, 5, 16), codes[:, 240:].reshape(-1, 4, 4))
-    sums = [np.einsum("ndb,d->nb", part.astype(np.uint16), powers[: part.shape[1]]) for part in parts]
-    fractions: npt.NDArray[np.uint16] = (np.concatenate(sums, axis=1) * np.uint16(256) + np.uint16(242)) // np.uint16(
-        243
-    )
-    return fractions.astype(np.uint8)
