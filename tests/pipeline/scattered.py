@@ -16,7 +16,7 @@ import torch
 
 from lowbit.errors import ResourceError
 from lowbit.pipeline.executor import WorkerLostError
-from lowbit.pipeline.transport import reduce_tensor
+from lowbit.pipeline.transport import packed, unpacked
 
 _ONE_AT_A_TIME = threading.Lock()
 """What workers intercept is a process's own, and they share one here."""
@@ -52,7 +52,7 @@ def dumped(value: Any) -> bytes:
     """``value`` as it is sent."""
     sent = io.BytesIO()
     pickler = pickle.Pickler(sent, protocol=5)
-    pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: reduce_tensor}
+    pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: lambda t: (unpacked, (packed(t),))}
     pickler.dump(value)
     return sent.getvalue()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.pipeline.stages import Reference, Stage, StagedForward, discover_stages, split_stages
+from lowbit.pipeline.stages import OnInput, Reference, Stage, StagedForward, discover_stages, split_stages
 from lowbit.pipeline.streamed import StreamedModel
 
 EXPECTED = {
@@ -28,6 +28,23 @@ def _block(path: Path) -> tuple[StreamedModel, nn.Module, list[str], torch.Tenso
     names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     ids = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(1))
     return model, block, names, model.embed(ids)
+
+
+def run(
+    forward: StagedForward,
+    stages: Sequence[Stage],
+    on_input: OnInput,
+    on_stage: Callable[[Stage], None],
+    on_output: Callable[[int, torch.Tensor, torch.Tensor | None], None],
+) -> None:
+    """The whole of a staged forward over four batches."""
+    with forward:
+        for stage in stages:
+            forward.advance(stage, on_input)
+            on_stage(stage)
+            forward.close(stage)
+        for index in range(4):
+            on_output(index, *forward.output(index))
 
 
 @pytest.mark.parametrize("model_type", sorted(EXPECTED))
@@ -58,8 +75,12 @@ def test_each_stage_sees_inputs_through_the_weights_solved_before(
                 solved.append(name)
 
     with torch.no_grad():
-        StagedForward(block, stages, forwards, keep=keep).run(
-            lambda group, x, _: delivered.setdefault(group[0], []).append(x.clone()), solve, outputs.__setitem__
+        run(
+            StagedForward(block, stages, forwards, keep=keep),
+            stages,
+            lambda group, x, _: delivered.setdefault(group[0], []).append(x.clone()),
+            solve,
+            lambda index, output, _: outputs.__setitem__(index, output),
         )
     assert sorted(solved) == sorted(names)
 
@@ -110,9 +131,13 @@ def test_the_float_block_runs_beside_to_the_same_inputs(
         return [lambda i=i: model.run_block(owner, 0, states[i : i + 1]) for i in range(4)]  # type: ignore[misc]
 
     with torch.no_grad():
-        reference = Reference(beside, forwards(beside, other), outputs.__setitem__)
-        StagedForward(block, stages, forwards(block, hidden), keep=keep, reference=reference).run(
-            lambda group, _, r: delivered.setdefault(group[0], []).append(r), solve, lambda index, output: None
+        reference = Reference(beside, forwards(beside, other))
+        run(
+            StagedForward(block, stages, forwards(block, hidden), keep=keep, reference=reference),
+            stages,
+            lambda group, _, r: delivered.setdefault(group[0], []).append(r),
+            solve,
+            lambda index, _, found: outputs.__setitem__(index, found),  # type: ignore[arg-type]
         )
     plain = model.load_block(0)
     seen: dict[str, list[torch.Tensor]] = {}

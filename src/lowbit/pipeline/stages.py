@@ -114,18 +114,18 @@ OnInput = Callable[[Group, torch.Tensor, torch.Tensor | None], None]
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The float block that runs beside: its forwards batch by batch, and who gets its outputs.
+    """The float block that runs beside, and its forwards batch by batch.
 
     Experts are excepted: the two models may choose different ones for a token, so their inputs are no pairs.
     """
 
     block: nn.Module
     forwards: Sequence[Callable[[], torch.Tensor]]
-    on_output: Callable[[int, torch.Tensor], None] = lambda index, output: None
 
 
 class StagedForward:
-    """Runs a block's forward stage by stage over batches, within a ``with`` statement.
+    """Runs a block's forward stage by stage over batches, within a ``with`` statement: :meth:`advance` to a stage,
+    solve its linears, :meth:`close` it; after the last, :meth:`output`.
 
     ``block``      the materialised block; the caller replaces weights between stages
     ``stages``     from :func:`discover_stages`
@@ -166,24 +166,6 @@ class StagedForward:
                 module.stage_point = None
         self._kept.clear()
         self._kept_beside.clear()
-
-    def run(
-        self,
-        on_input: OnInput,
-        on_stage: Callable[[Stage], None],
-        on_output: Callable[[int, torch.Tensor], None],
-    ) -> None:
-        """Deliver every input to ``on_input``, call ``on_stage`` when a stage is complete, deliver outputs by batch."""
-        with self:
-            for stage in self._stages:
-                self.advance(stage, on_input)
-                on_stage(stage)
-                self.close(stage)
-            for index in range(len(self._forwards)):
-                output, beside = self.output(index)
-                if self._reference is not None and beside is not None:
-                    self._reference.on_output(index, beside)
-                on_output(index, output)
 
     def advance(self, stage: Stage, on_input: OnInput) -> None:
         """Run every batch up to ``stage``, the first that is not closed, and deliver its inputs batch by batch."""

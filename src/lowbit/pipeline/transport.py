@@ -5,14 +5,13 @@ torch's own pickling copies through a file format that not every dtype has a pla
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Packed", "packed", "reduce_tensor", "unpacked"]
+__all__ = ["Packed", "packed", "unpacked"]
 
 Packed: TypeAlias = tuple[npt.NDArray[np.uint8], torch.dtype, tuple[int, ...]]
 """Bytes, dtype and shape of a tensor."""
@@ -30,8 +29,3 @@ def unpacked(content: Packed) -> torch.Tensor:
     tensor = torch.empty(shape, dtype=dtype)
     tensor.flatten().view(torch.uint8).numpy()[:] = data
     return tensor
-
-
-def reduce_tensor(tensor: torch.Tensor) -> tuple[Callable[..., Any], tuple[Packed]]:
-    """For a pickler's dispatch table."""
-    return unpacked, (packed(tensor),)
