@@ -151,10 +151,9 @@ class TierHealth:
     the rest of the policy.
 
     ``memory`` and ``gpu_memory`` are what it holds now, of the host and of each GPU (reserved from the start of loading
-    until the process is gone); ``openings`` counts
-    openings of the circuit without a success between them; ``cooldown`` is the present cool-down; averages are
-    exponential, in seconds, None until measured; ``measured_at`` is when they were last fed; ``incarnation`` counts its
-    processes; ``changed_at`` is when ``state`` last changed.
+    until the process is gone); ``openings`` counts openings of the circuit without a success between them; ``cooldown``
+    is the present cool-down; averages are exponential, in seconds, None until measured; ``measured_at`` is when they
+    were last fed; ``incarnation`` counts its processes; ``changed_at`` is when ``state`` last changed.
     """
 
     state: TierState = "cold"

@@ -130,6 +130,7 @@ class Pool:
             plan.context,
             plan.facts.error,
             tier.gpu_memory,
+            plan.facts.tools,
         )
 
     def resolve(self, name: str) -> tuple[str, str | None]:

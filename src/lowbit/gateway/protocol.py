@@ -91,7 +91,8 @@ class Lease(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TierInfo:
-    """One tier for people and for ``/v1/models``; ``gpu_memory`` are planned bytes of each GPU by number."""
+    """One tier for people and for ``/v1/models``; ``gpu_memory`` are planned bytes of each GPU by number,
+    ``tools`` whether the model can be told of tools (None: not known)."""
 
     id: str
     name: str
@@ -102,6 +103,7 @@ class TierInfo:
     context: int | None
     error: float | None = None
     gpu_memory: tuple[int, ...] = ()
+    tools: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

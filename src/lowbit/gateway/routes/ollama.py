@@ -301,7 +301,8 @@ async def show(request: web.Request) -> web.Response:
     model = next(model for model in pool.models() if model.name == name)
     tier = next((tier for tier in model.tiers if tier.name == wanted), model.tiers[0])
     info = {"general.name": name, "context_length": tier.context, "lowbit.kl": tier.kl, "lowbit.bits": tier.bits}
-    capabilities = {"chat": ["completion", "tools"], "embedding": ["embedding"], "rerank": []}[model.kind]
+    chat = ["completion"] if tier.tools is False else ["completion", "tools"]
+    capabilities = {"chat": chat, "embedding": ["embedding"], "rerank": []}[model.kind]
     return web.json_response(
         {"details": _details(tier), "model_info": info, "capabilities": capabilities, "template": ""}
     )
