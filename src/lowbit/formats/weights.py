@@ -10,9 +10,12 @@ from lowbit.formats.floating import FloatSpec, FloatTensor
 from lowbit.formats.spec import IntSpec
 from lowbit.formats.tensor import QuantizedTensor
 
-__all__ = ["WeightSpec", "WeightTensor"]
+__all__ = ["GridSpec", "WeightSpec", "WeightTensor"]
 
-WeightSpec: TypeAlias = IntSpec | FloatSpec | CodebookSpec | DenseSpec
+GridSpec: TypeAlias = IntSpec | FloatSpec | CodebookSpec
+"""The grids a solver can choose codes of."""
+
+WeightSpec: TypeAlias = GridSpec | DenseSpec
 """Each has ``bits``, ``group_size``, ``scale_dtype``, ``bits_per_weight(out, in)`` and ``with_scale_dtype(dtype)``."""
 
 WeightTensor: TypeAlias = QuantizedTensor | FloatTensor | CodebookTensor | DenseTensor

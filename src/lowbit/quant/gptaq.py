@@ -16,9 +16,7 @@ from typing import Literal
 import torch
 
 from lowbit.errors import UsageError
-from lowbit.formats.codebook import CodebookSpec
-from lowbit.formats.floating import FloatSpec
-from lowbit.formats.spec import IntSpec
+from lowbit.formats.weights import GridSpec
 from lowbit.quant import gptq
 from lowbit.quant.gptq import Factor, GptqOptions
 from lowbit.quant.paired import PairedStatistics
@@ -98,7 +96,7 @@ def target(weight: torch.Tensor, correction: Correction) -> torch.Tensor:
 def solve(
     weight: torch.Tensor,
     correction: Correction,
-    spec: IntSpec | FloatSpec | CodebookSpec,
+    spec: GridSpec,
     options: GptaqOptions,
     keep: torch.Tensor | None = None,
 ) -> Solution:

@@ -22,6 +22,7 @@ from lowbit.formats.floating import Element, FloatSpec, FloatTensor, stored_scal
 from lowbit.formats.floating import encode as encode_floats
 from lowbit.formats.spec import PER_CHANNEL, IntSpec
 from lowbit.formats.tensor import QuantizedTensor
+from lowbit.formats.weights import GridSpec, WeightTensor
 from lowbit.kernels.gptq import Block, quantize_columns
 from lowbit.quant.factor import invert_upper, reverse_cholesky_
 from lowbit.quant.float_scales import choose_scales
@@ -127,7 +128,7 @@ def _ordered(statistics: InputStatistics, order: torch.Tensor | None) -> torch.T
 def solve(
     weight: torch.Tensor,
     factor: Factor,
-    spec: IntSpec | FloatSpec | CodebookSpec,
+    spec: GridSpec,
     options: GptqOptions,
     keep: torch.Tensor | None = None,
 ) -> Solution:
@@ -142,7 +143,7 @@ def solve(
     weight = weight.to(torch.float32, copy=True)
     if bool(factor.dead.any()):
         weight[:, factor.dead] = 0.0
-    solved: QuantizedTensor | FloatTensor | CodebookTensor
+    solved: WeightTensor
     if isinstance(spec, FloatSpec):
         solved = _solve_floats(weight, factor, spec, options, keep)
     elif isinstance(spec, CodebookSpec):

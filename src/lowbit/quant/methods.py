@@ -13,7 +13,7 @@ from lowbit.errors import NumericsError
 from lowbit.formats.codebook import CodebookSpec
 from lowbit.formats.floating import FloatSpec
 from lowbit.formats.spec import IntSpec
-from lowbit.formats.weights import WeightSpec
+from lowbit.formats.weights import GridSpec, WeightSpec
 from lowbit.quant import awq, best, gptaq, gptq, hqq
 from lowbit.quant.autoround import AutoRoundOptions
 from lowbit.quant.awq import AwqOptions
@@ -109,7 +109,7 @@ def _rtn(
 def _gptq(
     weight: torch.Tensor,
     statistics: InputStatistics | None,
-    spec: IntSpec | FloatSpec | CodebookSpec,
+    spec: GridSpec,
     options: GptqOptions,
     shared: _Shared,
     name: str,
@@ -125,7 +125,7 @@ def _gptq(
 def _gptaq(
     weight: torch.Tensor,
     statistics: InputStatistics | None,
-    spec: IntSpec | FloatSpec | CodebookSpec,
+    spec: GridSpec,
     options: GptaqOptions,
     shared: _Shared,
     name: str,
