@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from lowbit.errors import UsageError
 from lowbit.formats import IntSpec
-from lowbit.pipeline.recipe import ModulePlan, Recipe, Rule, method_options, resolve, rules_from_dynamic
+from lowbit.pipeline.module_plan import ModulePlan, resolve
+from lowbit.pipeline.recipe import Recipe, Rule, method_options, rules_from_dynamic
 from lowbit.quant.awq import AwqOptions
 from lowbit.quant.smoothquant import SmoothQuantOptions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowbit.errors import UsageError
 from lowbit.formats.activations import ActivationSpec
@@ -26,6 +26,24 @@ class Scheme:
 
     def __str__(self) -> str:
         return str(self.weights) if self.inputs is None else f"{self.weights}+{self.inputs}"
+
+    def changed(self, bits: int | None, group_size: int | None, symmetric: bool | None) -> Scheme:
+        """With other settings of the weights (None: as they are).
+
+        Raises :class:`UsageError` for a setting that their format does not have.
+        """
+        spec = self.weights
+        size = spec.group_size if group_size is None else group_size
+        if isinstance(spec, IntSpec):
+            wide = spec.bits if bits is None else bits
+            form = spec.symmetric if symmetric is None else symmetric
+            return replace(self, weights=replace(spec, bits=wide, group_size=size, symmetric=form))
+        given = {"bits": bits, "group_size": group_size, "sym": symmetric}
+        if isinstance(spec, CodebookSpec):
+            spec, given = replace(spec, group_size=size), {"bits": bits, "sym": symmetric}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"{', '.join(unused)}: only integer formats have that setting, not {spec}: leave it out")
+        return replace(self, weights=spec)
 
 
 _TOKEN = ActivationSpec("int8")

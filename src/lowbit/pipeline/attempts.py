@@ -10,7 +10,8 @@ import torch
 from lowbit.formats import PER_TENSOR, FloatSpec, FloatTensor, WeightSpec, WeightTensor
 from lowbit.pipeline.architectures import fused_groups
 from lowbit.pipeline.folding import Fold
-from lowbit.pipeline.recipe import ModulePlan, Recipe, method_options
+from lowbit.pipeline.module_plan import ModulePlan
+from lowbit.pipeline.recipe import Recipe, method_options
 from lowbit.quant import METHODS, InputStatistics, Solution
 from lowbit.quant.methods import Options
 from lowbit.quant.sparse import DEFAULT_PRUNER, PRUNERS, Pruned, parse_sparsity

@@ -20,8 +20,9 @@ from lowbit.pipeline.experts import UnfusedExperts
 from lowbit.pipeline.folding import Folds, divided
 from lowbit.pipeline.inputs import InputScales, RoundingLinear
 from lowbit.pipeline.kv_scales import CacheRange
+from lowbit.pipeline.module_plan import ModulePlan
 from lowbit.pipeline.progress import Progress, Silent
-from lowbit.pipeline.recipe import ModulePlan, Recipe
+from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.refine import Learnable, refine
 from lowbit.pipeline.shard import Load, Placed
 from lowbit.pipeline.shards import Shards

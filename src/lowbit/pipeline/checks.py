@@ -14,7 +14,7 @@ from lowbit.checkpoint import Checkpoint, hash_file
 from lowbit.codecs import Codec
 from lowbit.errors import CheckpointError, ResourceError, UnsupportedError
 from lowbit.pipeline.architectures import fused_groups
-from lowbit.pipeline.recipe import ModulePlan
+from lowbit.pipeline.module_plan import ModulePlan
 from lowbit.pipeline.streamed import StreamedModel
 from lowbit.planning import (
     Finding,

@@ -26,7 +26,8 @@ from lowbit.pipeline.block import ModuleReport
 from lowbit.pipeline.candidates import usual_choice
 from lowbit.pipeline.checks import Decisions, decide, scan_weights
 from lowbit.pipeline.kv_scales import check_kind
-from lowbit.pipeline.recipe import ModulePlan, Recipe, Rule, resolve, suggestion
+from lowbit.pipeline.module_plan import ModulePlan, resolve
+from lowbit.pipeline.recipe import Recipe, Rule, suggestion
 from lowbit.pipeline.rotate import RotatedCheckpoint
 from lowbit.pipeline.sampling import sample_from
 from lowbit.pipeline.streamed import StreamedModel, model_dtype

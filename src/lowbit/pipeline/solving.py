@@ -13,7 +13,8 @@ from lowbit.errors import NumericsError
 from lowbit.formats import Scheme, WeightTensor
 from lowbit.pipeline.attempts import Attempt, better, options_of, prune, rows_of, units
 from lowbit.pipeline.folding import Fold, Producer, folded
-from lowbit.pipeline.recipe import ModulePlan, Recipe
+from lowbit.pipeline.module_plan import ModulePlan
+from lowbit.pipeline.recipe import Recipe
 from lowbit.quant import METHODS, InputStatistics, Pace, output_error, weight_error
 from lowbit.quant.solution import Solution
 from lowbit.quant.transforms import NO_TRANSFORM, TRANSFORMS

@@ -21,7 +21,8 @@ from lowbit.errors import UsageError
 from lowbit.formats import PRESETS, ActivationSpec, Scheme, WeightSpec, parse_scheme
 from lowbit.formats.rounding import blank_weight
 from lowbit.pipeline.architectures import fused_groups
-from lowbit.pipeline.recipe import Recipe, resolve
+from lowbit.pipeline.module_plan import resolve
+from lowbit.pipeline.recipe import Recipe
 from lowbit.planning import PlannedModule
 from lowbit.quant import METHODS
 from lowbit.sizing.gguf_sizes import gguf_variant
