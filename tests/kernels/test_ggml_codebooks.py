@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -223,3 +227,22 @@ def test_nearest_points_of_a_cell(name: str) -> None:
         distances = ((points - centre) ** 2).sum(axis=1)
         listed = table.neighbours[cell] & 0xFFFF
         assert np.allclose(distances[listed], np.sort(distances)[: len(listed)])
+
+
+ENCODE = """
+import sys, numpy
+from lowbit.formats.ggml import GGML_TYPES
+from lowbit.kernels.ggml import quantize_rows
+weight = numpy.load(sys.argv[1])
+sys.stdout.buffer.write(quantize_rows(weight, GGML_TYPES[sys.argv[2]], None).tobytes())
+"""
+
+
+@pytest.mark.slow
+def test_every_processor_makes_the_same_bytes(tmp_path: Path) -> None:
+    weight, _ = matrix(4, 512)
+    np.save(tmp_path / "weight.npy", weight)
+    plainest = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", ENCODE, str(tmp_path / "weight.npy"), "IQ1_M"]
+    there = subprocess.run(command, env={**os.environ, **plainest}, stdout=subprocess.PIPE, check=True).stdout
+    assert there == quantize_rows(weight, GGML_TYPES["IQ1_M"], None).tobytes()
