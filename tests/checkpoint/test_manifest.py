@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 from lowbit.checkpoint import (
     FileRecord,
     Manifest,
-    hash_file,
     manifest_path,
     read_manifest,
     update_quality,
@@ -94,13 +92,3 @@ def test_missing_fields(name: str) -> None:
     del value[name]
     with pytest.raises(CheckpointError, match=f"field '{name}' is missing"):
         Manifest.from_json(value)
-
-
-def test_hash_file(tmp_path: Path) -> None:
-    data = bytes(range(256)) * 40_000
-    (tmp_path / "a").write_bytes(data)
-    told: list[int] = []
-    assert hash_file(tmp_path / "a", told.append) == FileRecord(hashlib.sha256(data).hexdigest(), len(data))
-    assert sum(told) == len(data)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        hash_file(tmp_path / "absent")

@@ -4,6 +4,7 @@ from lowbit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.description import ModelDescription
 from lowbit.checkpoint.files import FileRecord, hash_file, read_json_object, write_json
 from lowbit.checkpoint.journal import Journal
+from lowbit.checkpoint.known_hashes import source_hashes
 from lowbit.checkpoint.location import locate
 from lowbit.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -34,6 +35,7 @@ __all__ = [
     "read_header",
     "read_json_object",
     "read_manifest",
+    "source_hashes",
     "update_quality",
     "write_json",
     "write_manifest",

@@ -9,9 +9,11 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from lowbit.errors import CheckpointError, ResourceError
@@ -127,6 +129,63 @@ def _shortage(path: Path, needed: int) -> str:
     return f"disk, quota or file size limit reached: {needed:,} bytes were needed"
 
 
+class HashedFile:
+    """A new file that is hashed while it is written, and sent to the disk as it grows: less is left for the end.
+
+    Both happen in other threads, for writes of 1 MiB and more. To be used with ``with``; :meth:`finish` ends it.
+    """
+
+    _ASIDE = 1 << 20
+    _SYNC = 64 << 20
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._pool: ThreadPoolExecutor | None = None
+        self._digest = hashlib.sha256()
+        self._size = self._synced = 0
+        self._syncing: Future[None] | None = None
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._file.close()
+
+    def write(self, view: memoryview) -> None:
+        """Append bytes (a view of format "B"); they may be changed afterwards."""
+        self._size += len(view)
+        if len(view) < self._ASIDE:
+            self._digest.update(view)
+            self._append(view)
+            return
+        self._pool = self._pool or ThreadPoolExecutor(2, "lowbit-write")
+        hashed = self._pool.submit(self._digest.update, view)
+        self._append(view)
+        hashed.result()
+        if self._size - self._synced >= self._SYNC and (self._syncing is None or self._syncing.done()):
+            self._wait()
+            self._synced = self._size
+            self._syncing = self._pool.submit(os.fsync, self._file.fileno())
+
+    def finish(self) -> FileRecord:
+        """Its record, once all of it is on the disk."""
+        self._wait()
+        os.fsync(self._file.fileno())
+        return FileRecord(self._digest.hexdigest(), self._size)
+
+    def _append(self, view: memoryview) -> None:
+        while len(view):
+            view = view[self._file.write(view) :]
+
+    def _wait(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+
+
 def write_atomically(path: Path, pieces: Iterable[bytes | memoryview], size: int, way_out: str) -> FileRecord:
     """Write ``pieces`` to ``path`` (temporary file, fsync, rename, fsync of the directory) and return its record.
 
@@ -134,24 +193,18 @@ def write_atomically(path: Path, pieces: Iterable[bytes | memoryview], size: int
     the disk is full; the temporary file is then gone and an older ``path`` untouched.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    digest = hashlib.sha256()
-    total = 0
     with disk_errors(path, size, way_out):
         try:
-            with temporary.open("wb", buffering=0) as file:
+            with HashedFile(temporary) as file:
                 for piece in pieces:
-                    view = memoryview(piece).cast("B")
-                    digest.update(view)
-                    total += len(view)
-                    while len(view):
-                        view = view[file.write(view) :]
-                os.fsync(file.fileno())
+                    file.write(memoryview(piece).cast("B"))
+                record = file.finish()
             temporary.replace(path)
             sync_directory(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    return FileRecord(digest.hexdigest(), total)
+    return record
 
 
 def write_json(path: Path, value: object, way_out: str, *, allow_nan: bool = True) -> FileRecord:

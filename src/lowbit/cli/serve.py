@@ -179,9 +179,9 @@ async def _serve_on_ray(config: ServeConfig, plans: Any, facts: Any, arguments: 
 
 
 async def _main(config: ServeConfig, arguments: argparse.Namespace) -> int:
+    from lowbit.cache import cache_directory
     from lowbit.engines.memory import available_bytes
     from lowbit.gateway.app import make_app, serve
-    from lowbit.gateway.known_facts import cache_directory
     from lowbit.gateway.launch import idle_cores, plan_tiers, printable
     from lowbit.gateway.log import log_to
     from lowbit.gateway.placement import find_devices

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from lowbit import __version__
-from lowbit.checkpoint import Checkpoint, Manifest, PartialCheckpoint, hash_file, read_manifest
+from lowbit.checkpoint import Checkpoint, Manifest, PartialCheckpoint, read_manifest, source_hashes
 from lowbit.codecs import CODECS
 from lowbit.codecs.codec import Codec, StoredBlocks, StoredGrid, StoredModule, integer_spec
 from lowbit.codecs.dense import DenseCodec
@@ -112,7 +112,7 @@ def convert_checkpoint(
     ) as checkpoint:
         conversion = _Conversion(checkpoint, codec, _dtype(dtype))
         companions = conversion.companions()
-        hashes = {path.name: hash_file(path).sha256 for path in checkpoint.files}
+        hashes = source_hashes(checkpoint.files)
         fingerprint = conversion.fingerprint(hashes)
         with PartialCheckpoint.create(Path(out), fingerprint, resume=resume, overwrite=overwrite) as partial:
             if not partial.finished:

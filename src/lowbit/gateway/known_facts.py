@@ -10,19 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lowbit
+from lowbit.cache import cache_directory
 from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
 from lowbit.gateway.launch import TierFacts
 from lowbit.gateway.placement import Device
 
-__all__ = ["cache_directory", "known_facts", "remember_facts"]
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: ``LOWBIT_CACHE``, or ``lowbit`` in the user's cache directory."""
-    base = os.environ.get("LOWBIT_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
+__all__ = ["known_facts", "remember_facts"]
 
 
 def known_facts(config: ServeConfig, devices: Sequence[Device] = ()) -> dict[str, TierFacts]:

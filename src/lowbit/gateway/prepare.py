@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.cache import cache_directory
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.gateway.config import ModelConfig, ServeConfig, TierConfig
-from lowbit.gateway.known_facts import cache_directory, known_facts, remember_facts
+from lowbit.gateway.known_facts import known_facts, remember_facts
 from lowbit.gateway.launch import TierFacts, weight_bytes
 from lowbit.gateway.placement import Device, split_over
 
@@ -175,14 +176,13 @@ def _cached(source: Path, name: str, say: Callable[[str], None]) -> Path:
 
 def _content_hash(source: Path) -> str:
     """sha256 over names and contents of the checkpoint's files."""
-    from lowbit.checkpoint.files import hash_file
+    from lowbit.checkpoint import source_hashes
 
     files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.is_file())
     digest = hashlib.sha256()
-    for path in files:
-        if path.suffix in (".md", ".txt") or path.name == ".gitattributes":
-            continue
-        digest.update(f"{path.name}\0{hash_file(path).sha256}\0".encode())
+    content = [path for path in files if path.suffix not in (".md", ".txt") and path.name != ".gitattributes"]
+    for name, sha256 in source_hashes(content).items():
+        digest.update(f"{name}\0{sha256}\0".encode())
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowbit.checkpoint import Checkpoint, hash_file
+from lowbit.checkpoint import Checkpoint, source_hashes
 from lowbit.codecs import Codec
 from lowbit.errors import CheckpointError, ResourceError, UnsupportedError
 from lowbit.pipeline.architectures import fused_groups
@@ -50,7 +50,7 @@ def scan_weights(checkpoint: Checkpoint) -> dict[str, str]:
     """sha256 of the source's files by name; raises :class:`CheckpointError` for a weight that is not finite."""
     with ThreadPoolExecutor(1) as background:
         paths = [checkpoint.path / "config.json", *checkpoint.files]
-        hashing = background.submit(lambda: {path.name: hash_file(path).sha256 for path in paths})
+        hashing = background.submit(source_hashes, paths)
         for name, info in checkpoint.tensors.items():
             tensor = checkpoint.read(name)
             # A sum is not finite if a value is not; it may also overflow, so look closer before refusing.

@@ -19,7 +19,7 @@ from typing import Any
 from lowbit import __version__
 from lowbit.calibration import CalibrationSet, load_calibration, load_tokenizer
 from lowbit.calibration.load import SELF
-from lowbit.checkpoint import hash_file, open_checkpoint, read_json_object, write_json
+from lowbit.checkpoint import open_checkpoint, read_json_object, source_hashes, write_json
 from lowbit.checkpoint.layers import layer_states
 from lowbit.codecs import CODECS
 from lowbit.codecs.gguf.architectures import export_plan
@@ -211,7 +211,7 @@ def measure(
         )
         model = StreamedModel(checkpoint, device=device, trust_remote_code=trust_remote_code)
         text = _text(model, source, calibration, samples, seq_len, seed)
-        hashes = {file.name: hash_file(file).sha256 for file in checkpoint.files}
+        hashes = source_hashes(checkpoint.files)
         parts = [__version__, format, hashes, text.sha256, [candidate.name for candidate in choice.candidates], seed]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         with nullcontext() if work is None else SweepWork.kept(work, key) as kept:
@@ -337,7 +337,7 @@ def check_bits(bits_per_weight: float) -> None:
 def check_measurement(measurement: Measurement, source: str | Path) -> None:
     """Raise :class:`UsageError` if the measurement is of other weights than those of ``source``."""
     with open_checkpoint(source) as checkpoint:
-        found = {file.name: hash_file(file).sha256 for file in checkpoint.files}
+        found = source_hashes(checkpoint.files)
     if found != dict(measurement.weights_sha256):
         raise UsageError(f"the measurement is of {measurement.source}, whose weights are not those of {source}")
 

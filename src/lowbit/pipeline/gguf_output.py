@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowbit import __version__
-from lowbit.checkpoint import Checkpoint, Manifest, hash_file, write_manifest
+from lowbit.checkpoint import Checkpoint, Manifest, source_hashes, write_manifest
 from lowbit.codecs import StoredModule
 from lowbit.codecs.gguf.architectures import ExportPlan
 from lowbit.codecs.gguf.checkpoint import GgufCheckpoint
@@ -94,7 +94,7 @@ class SourceHashes:
         return self._hashes.result()
 
     def _compute(self) -> dict[str, str]:
-        return {path.name: hash_file(path, self._go_on).sha256 for path in self._paths}
+        return source_hashes(self._paths, self._go_on)
 
     def _go_on(self, count: int) -> None:
         if self._stopped.is_set():

@@ -204,7 +204,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: in
         if calls == moment:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writing._Output, "write", full)
+    monkeypatch.setattr(writing.HashedFile, "write", full)
     with pytest.raises(ResourceError, match=r"model\.gguf.*free some disk space"):
         write_gguf(path, METADATA, HEADERS, tensors(), overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]

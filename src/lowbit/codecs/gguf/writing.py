@@ -6,19 +6,16 @@ the end, so a kill or a full disk leaves what was there before.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from lowbit.checkpoint.files import TEMPORARY, FileRecord, disk_errors, sync_directory
+from lowbit.checkpoint.files import TEMPORARY, FileRecord, HashedFile, disk_errors, sync_directory
 from lowbit.codecs.gguf.metadata import MetadataValue, Typed, encode_string, encode_value
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.formats.ggml.types import GgmlType
@@ -206,10 +203,8 @@ def _header(metadata: Mapping[str, MetadataValue], tensors: Sequence[TensorHeade
 def _write_file(
     path: Path, header: bytes, tensors: Sequence[TensorHeader], pieces: Iterator[Piece], alignment: int
 ) -> FileRecord:
-    with ExitStack() as stack:
-        file = stack.enter_context(path.open("wb", buffering=0))
-        output = _Output(file, stack.enter_context(ThreadPoolExecutor(1, "gguf-sha256")))
-        output.write(memoryview(header))
+    with HashedFile(path) as file:
+        file.write(memoryview(header))
         for tensor in tensors:
             left = tensor.nbytes
             while left:
@@ -217,31 +212,13 @@ def _write_file(
                 view = memoryview(b"") if piece is None else _bytes_of(piece)
                 if not 0 < len(view) <= left:
                     raise ValueError(f"tensor {tensor.name}: a piece of {len(view)} bytes where {left} are to come")
-                output.write(view)
+                file.write(view)
                 left -= len(view)
-            output.write(memoryview(bytes(-tensor.nbytes % alignment)))
-        os.fsync(file.fileno())
-        return FileRecord(output.digest.hexdigest(), output.size)
+            file.write(memoryview(bytes(-tensor.nbytes % alignment)))
+        return file.finish()
 
 
 def _bytes_of(piece: Piece) -> memoryview:
     if isinstance(piece, np.ndarray):
         return np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
     return memoryview(piece).cast("B")
-
-
-class _Output:
-    """A file whose bytes are hashed by another thread while they are written."""
-
-    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self._file = file
-        self._pool = pool
-
-    def write(self, view: memoryview) -> None:
-        hashed = self._pool.submit(self.digest.update, view)
-        self.size += len(view)
-        while len(view):
-            view = view[self._file.write(view) :]
-        hashed.result()
