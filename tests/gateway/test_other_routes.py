@@ -63,6 +63,7 @@ def test_ollama_lists() -> None:
             assert names == ["assistant", "assistant@int8"]
             status, answer = await bench.post("/api/show", {"model": "assistant@int8"})
             assert (status, answer["details"]["quantization_level"]) == (200, "int8")
+            assert answer["capabilities"] == ["completion", "tools"]
             async with bench.http.get(f"{bench.url}/api/version") as response:
                 assert "version" in await response.json()
             status, answer = await bench.post("/api/chat", {"model": "nobody", "messages": [{"role": "user"}]})

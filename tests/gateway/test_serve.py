@@ -116,6 +116,9 @@ def test_tools_that_the_template_would_pass_over_are_refused(server: tuple[subpr
     tools: list[ChatCompletionToolParam] = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
     with pytest.raises(openai.BadRequestError, match="chat template of tiny@int8 knows none"):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}], tools=tools)
+    show = urllib.request.Request(f"{server[1]}/api/show", b'{"model": "tiny"}', {"Content-Type": "application/json"})
+    with urllib.request.urlopen(show) as response:
+        assert json.load(response)["capabilities"] == ["completion"]
 
 
 def test_the_engine_is_reached_only_through_the_gateway(server: tuple[subprocess.Popen[str], str]) -> None:
