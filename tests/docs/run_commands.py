@@ -41,7 +41,7 @@ ELSEWHERE = {
     r"Qwen/Qwen3-8B|--calibration general": "needs the hub: tests of the hub against a stand-in",
 }
 STANDS_FOR = [
-    (r"--budget \d+m", "--budget 30s"),  # shorter, otherwise as written
+    (r"--budget 20m", "--budget 6m"),  # shorter, otherwise as written
     (r"/mnt/backup", "./mnt-backup"),
     (r"/tmp/report", "./tmp-report"),
     (r"\bMODEL\b", "./Qwen3-8B"),

@@ -36,14 +36,13 @@ MAY = {
     "LowbitFirstTokenSlow",
     "LowbitDegraded",
     "LowbitSlowerThanBaseline",  # engines are told to be slow
-    "LowbitMemoryNearLimit",  # the budget is smaller than the models, on purpose
     "LowbitMachineMemoryLow",  # that of the machine on which this runs
 }
 """What the faults may raise, as it happens."""
 ALWAYS = {"LowbitCertificateMissing"}
 """The fake engines serve 4 bits, and nobody has measured them."""
-LASTING = {"LowbitErrorBudgetBurnSlow", "LowbitErrorBudgetBurn", "LowbitMemoryNearLimit"}
-"""Windows of six hours, in which what was burnt is counted long after the trouble; and models that stay loaded."""
+LASTING = {"LowbitErrorBudgetBurnSlow", "LowbitErrorBudgetBurn"}
+"""Windows of six hours, in which what was burnt is counted long after the trouble."""
 
 
 @dataclass

@@ -9,9 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from harness import run
 from stack import MIB, Stack, configured, fake_tier, stack
+
+from lowbit.gateway import pool
 
 QUICK = {"cooldown": 1.0, "grace": 0.2, "patience": 1.0}
 ANSWER = " ".join(f"w{index}" for index in range(16))
@@ -233,6 +236,20 @@ def test_stopping_waits_for_what_is_under_way() -> None:
             assert (status, body["error"]["code"]) == (503, "shutting_down")
             assert await asking == (200, ANSWER, None)
             await stopping
+
+    run(scenario, 60)
+
+
+def test_memory_is_told_as_it_is_and_not_as_it_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_MEASURE_EVERY", 1)
+
+    async def scenario() -> None:
+        async with stack(configured({"assistant": {"tiers": [fake_tier("int8", memory=900 * MIB)]}})) as gateway:
+            await gateway.chat("assistant")
+            await gateway.until(lambda: gateway.pool.engines()[0].resident_bytes > 0)
+            real = psutil.Process(gateway.pid("assistant@int8")).memory_info().rss
+            assert gateway.pool.engines()[0].resident_bytes == pytest.approx(real, rel=0.3)
+            assert gateway.pool.snapshot().tiers["assistant@int8"].memory == 900 * MIB, "what is reserved for it"
 
     run(scenario, 60)
 

@@ -97,7 +97,7 @@ def test_every_alert_is_whole() -> None:
 def test_the_required_alerts_are_there() -> None:
     names = {alert.name for alert in ALERTS}
     assert names >= {
-        "LowbitQuantizationErrorHigh", "LowbitSlowerThanBaseline", "LowbitMemoryNearLimit", "LowbitOutOfMemoryKill",
+        "LowbitQuantizationErrorHigh", "LowbitSlowerThanBaseline", "LowbitMemoryAboveBudget", "LowbitOutOfMemoryKill",
         "LowbitQueueFilling", "LowbitErrorBudgetBurnFast", "LowbitErrorBudgetBurn", "LowbitErrorBudgetBurnSlow",
         "LowbitEngineRestarts", "LowbitKvCacheFull", "LowbitCertificateMissing", "LowbitCertificateFailing",
     }  # fmt: skip

@@ -288,7 +288,7 @@ AILMENTS = {
     "queue": ('requests{model="chat"} 3', 'requests{model="chat"} 250'),
     "engine queue": ('waiting{model="chat",tier="int4"} 0', 'waiting{model="chat",tier="int4"} 4'),
     "KV cache": ('ratio{model="chat",tier="int4"} 0.4', 'ratio{model="chat",tier="int4"} 0.99'),
-    "memory": ('memory_bytes{model="chat",tier="int4"} 100', 'memory_bytes{model="chat",tier="int4"} 950'),
+    "memory": ('memory_bytes{model="chat",tier="int4"} 100', 'memory_bytes{model="chat",tier="int4"} 1050'),
     "machine memory": ("available_bytes 500", "available_bytes 50"),
     "speed": ('sum{model="chat",tier="int4"} 1', 'sum{model="chat",tier="int4"} 4'),
     "divergence": ('kl{model="chat",tier="int4"} 0.02', 'kl{model="chat",tier="int4"} 0.3'),

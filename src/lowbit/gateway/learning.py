@@ -244,7 +244,7 @@ def _ended(settings: Settings, tier: TierPolicy, health: TierHealth, event: Ende
 
 def _load_started(settings: Settings, tier: TierPolicy, health: TierHealth, event: LoadStarted) -> None:
     health.state, health.changed_at = "loading", event.now
-    health.memory, health.gpu_memory = tier.memory, tier.gpu_memory
+    health.memory, health.gpu_memory, health.resident = tier.memory, tier.gpu_memory, 0
 
 
 def _loaded(settings: Settings, tier: TierPolicy, health: TierHealth, event: Loaded) -> None:
@@ -262,7 +262,7 @@ def _forget_speed(health: TierHealth) -> None:
 
 def _load_failed(settings: Settings, tier: TierPolicy, health: TierHealth, event: LoadFailed) -> None:
     health.state, health.changed_at, health.reason = "failed", event.now, event.reason
-    health.memory, health.gpu_memory = 0, ()
+    health.memory, health.gpu_memory, health.resident = 0, (), 0
     _open(settings, health, event.now, settings.cooldown * _LOAD_COOLDOWN)
 
 
@@ -272,16 +272,18 @@ def _draining(settings: Settings, tier: TierPolicy, health: TierHealth, event: D
 
 def _unloaded(settings: Settings, tier: TierPolicy, health: TierHealth, event: Unloaded) -> None:
     health.state, health.changed_at = "cold", event.now
-    health.memory, health.gpu_memory = 0, ()
+    health.memory, health.gpu_memory, health.resident = 0, (), 0
 
 
 def _crashed(settings: Settings, tier: TierPolicy, health: TierHealth, event: Crashed) -> None:
     _count_failure(settings, health, event.now, event.reason)
     health.state, health.changed_at, health.reason = "loading", event.now, event.reason
+    health.resident = 0
 
 
 def _measured(settings: Settings, tier: TierPolicy, health: TierHealth, event: Measured) -> None:
     if health.state not in ("cold", "failed"):
+        health.resident = event.memory
         health.memory = max(tier.memory, event.memory)
 
 

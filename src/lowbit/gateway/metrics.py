@@ -144,7 +144,9 @@ class _State:
 
     def _engines(self) -> Iterator[Metric]:
         labels = (*TIER, "engine")
-        resident = GaugeMetricFamily("lowbit_engine_memory_bytes", "Resident memory of an engine", labels=labels)
+        resident = GaugeMetricFamily(
+            "lowbit_engine_memory_bytes", "Resident memory of an engine, as last measured", labels=labels
+        )
         gauges = {
             "running": GaugeMetricFamily("lowbit_engine_running", "Requests the engine works on", labels=labels),
             "waiting": GaugeMetricFamily("lowbit_engine_waiting", "Requests the engine holds back", labels=labels),
@@ -158,7 +160,8 @@ class _State:
         }
         for engine in self.pool.engines():
             model, _, tier = engine.tier_id.rpartition("@")
-            resident.add_metric((model, tier, engine.engine), engine.resident_bytes)
+            if engine.resident_bytes:
+                resident.add_metric((model, tier, engine.engine), engine.resident_bytes)
             figures = self.figures.get(engine.tier_id)
             for name, gauge in gauges.items():
                 value = getattr(figures, name, None)

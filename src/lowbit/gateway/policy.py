@@ -151,9 +151,10 @@ class TierHealth:
     the rest of the policy.
 
     ``memory`` and ``gpu_memory`` are what it holds now, of the host and of each GPU (reserved from the start of loading
-    until the process is gone); ``openings`` counts openings of the circuit without a success between them; ``cooldown``
-    is the present cool-down; averages are exponential, in seconds, None until measured; ``measured_at`` is when they
-    were last fed; ``incarnation`` counts its processes; ``changed_at`` is when ``state`` last changed.
+    until the process is gone), ``resident`` what its processes were last measured to hold of the host's (0: not yet);
+    ``openings`` counts openings of the circuit without a success between them; ``cooldown`` is the present cool-down;
+    averages are exponential, in seconds, None until measured; ``measured_at`` is when they were last fed;
+    ``incarnation`` counts its processes; ``changed_at`` is when ``state`` last changed.
     """
 
     state: TierState = "cold"
@@ -165,6 +166,7 @@ class TierHealth:
     in_flight: int = 0
     queued: int = 0
     memory: int = 0
+    resident: int = 0
     ewma_ttft: float | None = None
     ewma_itl: float | None = None
     measured_at: float = -INFINITY

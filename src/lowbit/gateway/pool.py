@@ -156,7 +156,7 @@ class Pool:
                 supervisor.base_url,
                 supervisor.pid,
                 supervisor.restarted,
-                self._state.tiers[tier_id].memory,
+                self._state.tiers[tier_id].resident,
                 self._plans[tier_id].headers,
             )
             for tier_id, supervisor in self._engines.items()

@@ -119,7 +119,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """One engine that runs: for metrics and the status page."""
+    """One engine that runs: for metrics and the status page; ``resident_bytes`` are 0 where not measured yet."""
 
     tier_id: str
     engine: str

@@ -74,7 +74,7 @@ async def status(request: web.Request) -> web.Response:
                     **_finite(dataclasses.asdict(snapshot.tiers[tier.id])),
                     "planned": tier.memory,
                     "gpu_planned": tier.gpu_memory,
-                    "resident": engine.resident_bytes if engine else None,
+                    "resident": (engine.resident_bytes or None) if engine else None,
                     "restarts": engine.restarts if engine else 0,
                 }
             )

@@ -56,7 +56,7 @@ function tierRow(tier, budget) {
   const open = tier.circuit !== "closed";
   const kind = open ? "bad" : tier.state === "ready" ? "good" : tier.state === "failed" ? "bad" : "warn";
   const state = open ? `circuit ${tier.circuit.replace("_", " ")}` : tier.state;
-  const held = tier.resident ?? tier.memory;
+  const held = tier.resident || tier.memory;
   const facts = [`${tier.engine}`, `${tier.bits} bit`];
   const gpu = tier.gpu_memory.map((size, number) => (size ? `${bytes(size)} of GPU ${number}` : "")).filter(Boolean);
   if (tier.kl !== null) facts.push(`KL ${Number(tier.kl.toPrecision(2))}`);

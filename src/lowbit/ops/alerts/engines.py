@@ -8,15 +8,14 @@ __all__ = ["ENGINES"]
 
 ENGINES: tuple[Alert, ...] = (
     Alert(
-        "LowbitMemoryNearLimit",
+        "LowbitMemoryAboveBudget",
         "warning",
-        "sum by (job, instance) (lowbit_engine_memory_bytes)"
-        " / on (job, instance) lowbit_memory_budget_bytes > $memory_share",
+        "sum by (job, instance) (lowbit_engine_memory_bytes) / on (job, instance) lowbit_memory_budget_bytes > 1",
         "5m",
-        "the engines of {{ $labels.instance }} hold most of their memory budget",
+        "the engines of {{ $labels.instance }} hold more than their memory budget",
         PERCENT,
-        "The engines' resident memory is close to what the gateway may give them. The next long context may be "
-        "refused, or the kernel may kill an engine.",
+        "The gateway loads what is planned to fit; an engine holds more than was planned for it. Other models are "
+        "unloaded sooner, and the kernel may kill an engine.",
         ("lowbit doctor URL", "GET /status: planned and resident memory of each tier"),
         (
             "less for the KV cache: `context`, `concurrency` or `kv_dtype: q8_0` of the tier (lowbit estimate PATH)",
@@ -24,14 +23,14 @@ ENGINES: tuple[Alert, ...] = (
         ),
         Case(
             {
-                f'lowbit_engine_memory_bytes{{{HERE}, {TIER}, engine="llama.cpp"}}': "95x20",
+                f'lowbit_engine_memory_bytes{{{HERE}, {TIER}, engine="llama.cpp"}}': "105x20",
                 f"lowbit_memory_budget_bytes{{{HERE}}}": "100x20",
             },
             10,
             AT,
-            "95%",
+            "105%",
             {
-                f'lowbit_engine_memory_bytes{{{HERE}, {TIER}, engine="llama.cpp"}}': "50x20",
+                f'lowbit_engine_memory_bytes{{{HERE}, {TIER}, engine="llama.cpp"}}': "95x20",
                 f"lowbit_memory_budget_bytes{{{HERE}}}": "100x20",
             },
         ),

@@ -202,9 +202,8 @@ def _queues(samples: Samples) -> Iterator[tuple[str, str]]:
 def _memory(samples: Samples) -> Iterator[tuple[str, str]]:
     used = sum(value for _, value in samples["lowbit_engine_memory_bytes"])
     budget = sum(value for _, value in samples.get("lowbit_memory_budget_bytes", ()))
-    share = THRESHOLDS["memory_share"].value
-    if budget and used > share * budget:
-        yield "engines", f"they hold {used / budget:.0%} of the budget of {budget / 2**30:.2f} GiB: above {share:.0%}"
+    if budget and used > budget:
+        yield "engines", f"they hold {used / budget:.0%} of the budget of {budget / 2**30:.2f} GiB"
 
 
 def _machine(samples: Samples) -> Iterator[tuple[str, str]]:
@@ -259,7 +258,7 @@ FIGURES: tuple[Figure, ...] = (
            _above("lowbit_engine_waiting", 0, "requests held back by the engine")),
     Figure("KV cache", "LowbitKvCacheFull", "lowbit_kv_cache_usage_ratio",
            _above("lowbit_kv_cache_usage_ratio", THRESHOLDS["kv_share"].value, "of the KV cache is in use")),
-    Figure("memory", "LowbitMemoryNearLimit", "lowbit_engine_memory_bytes", _memory),
+    Figure("memory", "LowbitMemoryAboveBudget", "lowbit_engine_memory_bytes", _memory),
     Figure("machine memory", "LowbitMachineMemoryLow", "lowbit_memory_available_bytes", _machine),
     Figure("speed", "LowbitSlowerThanBaseline", "lowbit_inter_token_latency_seconds_sum", _slow_tiers),
     Figure("divergence", "LowbitCertificateFailing", "lowbit_quantization_kl",
