@@ -147,8 +147,6 @@ _TINY: dict[str, Any] = {
     "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
 EMBEDDED = "demo"
-NEEDS_MATRIX = ("IQ1", "IQ2", "IQ3_X", "Q2_K_S")
-"""Beginnings of mixes that are refused without an importance matrix."""
 USUAL = {
     "int4-g64-affine": "hqq",
     "int4-g32-asym": "awq",
@@ -200,8 +198,12 @@ def _written_file(model: str | Path, out: Path, scheme: str, format: str) -> tup
     try:
         if format == "gguf":
             out = out.with_name(f"{out.name}.gguf")
-            weighted = text | {"imatrix": "auto"} if scheme.startswith(NEEDS_MATRIX) else {}
-            lowbit.quantize(model, out, scheme=scheme, certify_tokens=0, **weighted)
+            try:
+                lowbit.quantize(model, out, scheme=scheme, certify_tokens=0)
+            except LowbitError as error:
+                if "without an importance matrix" not in str(error):
+                    raise
+                lowbit.quantize(model, out, scheme=scheme, certify_tokens=0, imatrix="auto", **text)
             written = [out]
         else:
             lowbit.quantize(model, out, scheme=scheme, format=format, method="rtn", certify_tokens=0, **text)
