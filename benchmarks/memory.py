@@ -139,7 +139,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
     "mixtral": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_key_value_heads": 2, **_EXPERTS, "shared_expert_intermediate_size": 256},
-    "qwen3_moe": {**_GROUPED, **_EXPERTS},
+    "qwen3_moe": {**_GROUPED, **_EXPERTS, "norm_topk_prob": True},
 }
 """Families to the config of a tiny random model: one block, wide enough for every type of GGUF."""
 _TINY: dict[str, Any] = {
