@@ -93,6 +93,16 @@ def test_without_a_place_to_remember(source: Path, tmp_path: Path) -> None:
     assert looked_up(source) == looked_up(source)
 
 
+def test_a_user_without_a_home(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    for name in ("LOWBIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert looked_up(source) == looked_up(source) == (hashlib.sha256(source.read_bytes()).hexdigest(), 5000)
+
+
 def test_small_files_and_absent_ones(source: Path, tmp_path: Path) -> None:
     small = tmp_path / "config.json"
     small.write_bytes(b"{}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lowbit.cache import cache_directory
 from lowbit.checkpoint.files import TEMPORARY, hash_file
+from lowbit.errors import UsageError
 
 __all__ = ["source_hashes"]
 
@@ -35,10 +36,9 @@ def source_hashes(paths: Iterable[Path], progress: Callable[[int], None] | None 
 
 
 def _hash(path: Path, progress: Callable[[int], None] | None) -> str:
-    stamp = _stamp(path)
-    if stamp is None:
+    stamp, entry = _stamp(path), _entry(path)
+    if stamp is None or entry is None:
         return hash_file(path, progress).sha256
-    entry = cache_directory() / "sha256" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(entry.read_bytes())
         if known["stamp"] == stamp and isinstance(known["sha256"], str):
@@ -48,6 +48,14 @@ def _hash(path: Path, progress: Callable[[int], None] | None) -> str:
     if _stamp(path) == stamp and max(stamp[-2:]) < now - _SETTLED:
         _remember(entry, stamp, found)
     return found
+
+
+def _entry(path: Path) -> Path | None:
+    """Where the hash of a file is remembered; None where nothing can be."""
+    try:
+        return cache_directory() / "sha256" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()}.json"
+    except UsageError:
+        return None
 
 
 def _stamp(path: Path) -> list[int] | None:
