@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import lowbit
-from lowbit.checkpoint import read_manifest
+from lowbit.checkpoint import known_hashes, read_manifest
 from lowbit.codecs import dense_names, module_plan, open_model, read_dense
 from lowbit.codecs.gguf.container import open_gguf
 from lowbit.codecs.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
@@ -369,7 +369,7 @@ def test_hashing_stops_with_the_run_that_wanted_it(wide_llama: Path, monkeypatch
             hashed.set()
             progress(1)
 
-    monkeypatch.setattr(gguf_output, "hash_file", endless)
+    monkeypatch.setattr(known_hashes, "hash_file", endless)
     with open_model(wide_llama) as checkpoint, gguf_output.SourceHashes(checkpoint) as hashes:
         assert hashed.wait(60)
     with pytest.raises(CancelledError):
