@@ -207,6 +207,7 @@ def main() -> int:
     pages = options.pages
     wanted = [(page, command) for page, command in COMMANDS if not pages or any(each in page for each in pages)]
     failed = 0
+    ran: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if not (folder / "fleet.json").exists():
@@ -217,6 +218,10 @@ def main() -> int:
             if reason:
                 print(f"elsewhere  {page}: {command}   ({reason})", flush=True)
                 continue
+            if command in ran:
+                print(f"as above   {page}: {command}   (of {ran[command]})", flush=True)
+                continue
+            ran[command] = page
             begin = time.perf_counter()
             wrong = attempt(command, folder)
             failed += bool(wrong)
@@ -225,7 +230,7 @@ def main() -> int:
             )
             if wrong:
                 print("           " + wrong.replace("\n", "\n           "), flush=True)
-    print(f"{len(wanted)} commands, {failed} failed")
+    print(f"{len(wanted)} commands, {len(ran)} run, {failed} failed")
     return 1 if failed else 0
 
 
