@@ -52,6 +52,8 @@ SMALL = "the budget holds the model as it is"
 """What `fit` rightly says where the model that stands for the reader's is a thousand times smaller."""
 SAMPLES = ["--samples", "16", "--seq-len", "512"]
 """Calibration of the verbs that calibrate, where the page does not say how much: shorter than their default."""
+DURATION = ["--duration", "10s"]
+"""Of each run of `bench` under load, where the page does not say."""
 CALIBRATING = ("quantize", "imatrix", "compare", "fit")
 WRITERS = {"quantize": 1, "convert": 1, "fit": 1, "imatrix": 1, "restore": 1}
 """Verbs, and which of their names without a flag is the output."""
@@ -169,6 +171,8 @@ def attempt(command: str, folder: Path) -> str:
     output = written(arguments)
     if arguments[0] in CALIBRATING and "--samples" not in arguments:
         arguments += SAMPLES
+    if arguments[0] == "bench" and {"--rate", "--concurrency"} & {*arguments} and "--duration" not in arguments:
+        arguments += DURATION
     if output:
         for path in (folder / output, (folder / output).with_suffix(".lowbit.json")):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
