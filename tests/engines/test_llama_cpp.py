@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,19 @@ def test_what_llama_cpp_says_of_a_model_it_refuses(tmp_path: Path, demo_gguf: Pa
     changed.write_bytes(demo_gguf.read_bytes().replace(b"gpt-2", b"gpt-x", 1))
     with pytest.raises(UnsupportedError, match="unknown pre-tokenizer type: 'gpt-x'"):
         LlamaCpp(changed)
+
+
+OPENED_AND_CLOSED = """
+import sys
+from lowbit.engines.llama_cpp import LlamaCpp
+for _ in range(30):
+    LlamaCpp(sys.argv[1], context=64, threads=1).close()
+"""
+
+
+def test_closed_as_soon_as_it_is_open(demo_gguf: Path) -> None:
+    """llama.cpp's server, destroyed before its loop began, waits for ever: one time in a hundred on a busy machine."""
+    subprocess.run([sys.executable, "-c", OPENED_AND_CLOSED, str(demo_gguf)], timeout=300, check=True)
 
 
 def test_without_the_wheel(monkeypatch: pytest.MonkeyPatch, demo_gguf: Path) -> None:

@@ -107,6 +107,8 @@ class LlamaCpp:
             self.file, self._key, self._context(context), threads or physical_cores(), gpu_layers, precise=precise
         )
         self._address = urlsplit(self._server.listening_address)
+        # Answered by the loop that runs the model: a server closed before its loop began waits for it for ever.
+        self._call("GET", "/slots")
         settings = self._call("GET", "/props")["default_generation_settings"]
         self.context = int(settings["n_ctx"])
         """Tokens of prompt and answer together."""
@@ -313,6 +315,7 @@ def _start(file: GgufFile, key: str, context: int, threads: int, gpu_layers: int
         found.n_threads_http = 2
         found.cache_ram_mib = 0
         found.cache_idle_slots = False
+        found.endpoint_slots = True
         found.ui = False
         found.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
         return found
