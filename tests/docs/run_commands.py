@@ -152,7 +152,7 @@ def written(arguments: list[str]) -> str | None:
     """What a command is to write, for it must not be there yet."""
     if "-o" in arguments:
         return arguments[arguments.index("-o") + 1]
-    if arguments[0] not in WRITERS or "--resume" in arguments:
+    if arguments[0] not in WRITERS:
         return None
     names = []
     skip = False
