@@ -98,6 +98,14 @@ def test_dead_inputs_and_zero_weights_stay_finite(problems: Any) -> None:
     assert float(found.scales.max() / found.scales.min()) <= 1.01e4
 
 
+@pytest.mark.parametrize("duo", [True, False])
+def test_a_layer_whose_inputs_are_all_dead(duo: bool) -> None:
+    statistics = InputStatistics(32)
+    statistics.add(torch.zeros(5, 32))
+    found = search_scales([torch.randn(4, 32)], statistics, SPEC, AwqOptions(duo_scaling=duo))
+    assert torch.equal(found.scales, torch.ones(32)), "nothing is to be gained"
+
+
 def test_clip_search_finds_the_best_range_of_each_group_alone(problems: Any) -> None:
     problem = problems(80, 64)
     spec = IntSpec(3, 32, False)

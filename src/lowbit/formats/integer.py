@@ -40,7 +40,7 @@ SEARCH_STEPS = _COARSE + len(_FINE)
 def group_extrema(weight: torch.Tensor, spec: IntSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """``(low, high)`` of each group of ``weight`` ``[out, in]``, zero always inside.
 
-    Both are ``[out, groups]``, per tensor ``[1, 1]``.     Raises :class:`NumericsError` when a weight is not finite.
+    Both are ``[out, groups]``, per tensor ``[1, 1]``. Raises :class:`NumericsError` when a weight is not finite.
     """
     rows, columns = weight.shape
     groups = spec.groups(columns)

@@ -142,4 +142,4 @@ def _scales(inputs: torch.Tensor, magnitude: torch.Tensor | None, ratio: float) 
     if magnitude is not None:
         scales = scales / magnitude.clamp_min(1e-4).pow(1 - ratio)
     scales = scales.clamp_min(1e-4 * float(scales.max()))
-    return scales / (scales.max() * scales.min()).sqrt()
+    return scales / (scales.max().sqrt() * scales.min().sqrt())
