@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lowbit.checkpoint.hashing import HashBeside
 from lowbit.errors import CheckpointError, ResourceError
 
 CHUNK = 8 << 20
@@ -132,16 +133,15 @@ def _shortage(path: Path, needed: int) -> str:
 class HashedFile:
     """A new file that is hashed while it is written, and sent to the disk as it grows: less is left for the end.
 
-    Both happen in other threads, for writes of 1 MiB and more. To be used with ``with``; :meth:`finish` ends it.
+    Both happen in other threads. To be used with ``with``; :meth:`finish` ends it.
     """
 
-    _ASIDE = 1 << 20
     _SYNC = 64 << 20
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
-        self._pool: ThreadPoolExecutor | None = None
-        self._digest = hashlib.sha256()
+        self._hash = HashBeside()
+        self._disk = ThreadPoolExecutor(1, "lowbit-fsync")
         self._size = self._synced = 0
         self._syncing: Future[None] | None = None
 
@@ -151,35 +151,27 @@ class HashedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._hash.__exit__(kind, error, trace)
+        self._disk.shutdown()
         self._file.close()
 
     def write(self, view: memoryview) -> None:
         """Append bytes (a view of format "B"); they may be changed afterwards."""
+        self._hash.update(view)
         self._size += len(view)
-        if len(view) < self._ASIDE:
-            self._digest.update(view)
-            self._append(view)
-            return
-        self._pool = self._pool or ThreadPoolExecutor(2, "lowbit-write")
-        hashed = self._pool.submit(self._digest.update, view)
-        self._append(view)
-        hashed.result()
+        while len(view):
+            view = view[self._file.write(view) :]
+        self._hash.wait()
         if self._size - self._synced >= self._SYNC and (self._syncing is None or self._syncing.done()):
             self._wait()
             self._synced = self._size
-            self._syncing = self._pool.submit(os.fsync, self._file.fileno())
+            self._syncing = self._disk.submit(os.fsync, self._file.fileno())
 
     def finish(self) -> FileRecord:
         """Its record, once all of it is on the disk."""
         self._wait()
         os.fsync(self._file.fileno())
-        return FileRecord(self._digest.hexdigest(), self._size)
-
-    def _append(self, view: memoryview) -> None:
-        while len(view):
-            view = view[self._file.write(view) :]
+        return FileRecord(self._hash.hexdigest(), self._size)
 
     def _wait(self) -> None:
         if self._syncing is not None:

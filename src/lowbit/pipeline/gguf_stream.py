@@ -30,7 +30,7 @@ from lowbit.kernels.ggml import quantize_rows, round_to_half
 __all__ = ["Tally", "Task", "encoded", "read_ahead"]
 
 SLICE = 1 << 20
-"""Weights in a slice: enough for all cores; memory of four times that the allocator gives back and takes anew."""
+"""Weights in a slice: enough for all cores. More was given back to the system, and taken anew, for each slice."""
 _DEPTH = 2
 _SAMPLED_ROWS, _SAMPLED_SLICES = 4, 4
 """So many rows of one slice in so many are decoded again to see the error."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit.checkpoint.files import disk_errors, hash_file, sync_directory
+from lowbit.checkpoint.hashing import HashBeside
 from lowbit.errors import CheckpointError, ResourceError, UsageError
-from lowbit.ops.backup.hashing import HashBeside
 from lowbit.ops.backup.manifest import SavedFile, Snapshot, pieces_of
 from lowbit.ops.backup.store import Store
 from lowbit.pipeline.progress import Progress, Silent

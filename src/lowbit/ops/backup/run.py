@@ -17,8 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from lowbit import __version__
+from lowbit.checkpoint.hashing import HashBeside
 from lowbit.errors import CheckpointError, LowbitError, UsageError
-from lowbit.ops.backup.hashing import HashBeside
 from lowbit.ops.backup.lock import Lock, locked
 from lowbit.ops.backup.manifest import SavedFile, SavedModel, Snapshot, pieces_of
 from lowbit.ops.backup.sources import Source, check_against_manifest, find_sources

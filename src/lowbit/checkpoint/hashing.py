@@ -12,7 +12,8 @@ __all__ = ["HashBeside"]
 class HashBeside:
     """The hash of the pieces given to :meth:`update`, in a thread: hashlib lets go of the interpreter meanwhile.
 
-    At most one piece is on its way; the caller must not change it until the next call. Use as a context manager.
+    At most one piece is on its way; the caller must not change it until the next call or :meth:`wait`. Use as a context
+    manager.
     """
 
     def __init__(self) -> None:
@@ -28,17 +29,18 @@ class HashBeside:
     ) -> None:
         self._pool.shutdown()
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         """Add a piece, when the one before has been added."""
-        self._wait()
+        self.wait()
         self._pending = self._pool.submit(self._digest.update, data)
 
     def hexdigest(self) -> str:
         """The hash of all pieces."""
-        self._wait()
+        self.wait()
         return self._digest.hexdigest()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the last piece has been added."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
