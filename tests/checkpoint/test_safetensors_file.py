@@ -116,7 +116,7 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
     write_safetensors(path, {"t": torch.ones(100, 10)})
     info = read_header(path)[0]["t"]
     path.write_bytes(path.read_bytes()[:-50])
-    for read in (read_tensor, read_bytes, lambda item: read_rows(item, [99])):
+    for read in (read_tensor, read_bytes, lambda item: read_rows(item, [99]), lambda item: read_rows(item, range(100))):
         with pytest.raises(CheckpointError, match="truncated while reading tensor 't'"):
             read(info)
 
@@ -128,6 +128,8 @@ def test_rows_that_do_not_exist(tmp_path: Path) -> None:
     for row in (-1, 4, 2**40):
         with pytest.raises(CheckpointError, match=rf"'t' has 4 rows, row {row} was asked"):
             read_rows(header["t"], [0, row])
+        with pytest.raises(CheckpointError, match="'t' has 4 rows"):
+            read_rows(header["t"], range(min(row, 2), row + 1))
     with pytest.raises(CheckpointError, match="scalar"):
         read_rows(header["scalar"], [0])
     assert read_rows(header["t"], torch.tensor([], dtype=torch.long)).shape == (0, 2)

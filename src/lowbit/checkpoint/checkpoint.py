@@ -176,10 +176,9 @@ class Checkpoint:
         ``rows`` may repeat; ``range(a, b)`` is one read. Raises :class:`CheckpointError` for a row that does not exist.
         """
         info = self.info(name)
-        wanted = safetensors.check_rows(info, rows)
         if self._pickled:
-            return self._load(info.file)[name].detach()[wanted]
-        return safetensors.read_rows(info, wanted)
+            return self._load(info.file)[name].detach()[safetensors.check_rows(info, rows)]
+        return safetensors.read_rows(info, rows)
 
     def copy_bytes(self, name: str) -> memoryview:
         """The tensor's bytes as stored, row-major little-endian, in memory of their own."""

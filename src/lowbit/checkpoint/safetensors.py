@@ -203,11 +203,12 @@ def _shaped(data: torch.Tensor, info: TensorInfo, shape: Sequence[int]) -> torch
     return data.view(info.dtype).reshape(tuple(shape))
 
 
-def _read_raw(info: TensorInfo) -> torch.Tensor:
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
+def _read_raw(info: TensorInfo, first: int = 0, count: int | None = None) -> torch.Tensor:
+    """``count`` bytes of the tensor from ``first``, or all."""
+    data = torch.empty(info.nbytes if count is None else count, dtype=torch.uint8)
     try:
         with info.file.open("rb", buffering=0) as file:
-            _fill(file, info.start, data.numpy().data, info)
+            _fill(file, info.start + first, data.numpy().data, info)
     except OSError as error:
         raise CheckpointError(f"{info.file}: tensor {info.name!r}: {error.strerror or error}") from error
     return data
@@ -231,17 +232,19 @@ def check_rows(info: TensorInfo, rows: torch.Tensor | Sequence[int]) -> torch.Te
     if not info.shape:
         raise CheckpointError(f"{info.file}: tensor {info.name!r} is a scalar and has no rows")
     if isinstance(rows, torch.Tensor):
-        wanted = rows.detach().reshape(-1).to("cpu", torch.long)
-    else:
-        wanted = torch.tensor(list(rows), dtype=torch.long)
-    if len(wanted):
-        low, high = int(wanted.min()), int(wanted.max())
+        rows = rows.detach().reshape(-1).to("cpu", torch.long)
+    if len(rows):
+        if isinstance(rows, torch.Tensor):
+            low, high = int(rows.min()), int(rows.max())
+        else:
+            ends = (rows[0], rows[-1]) if isinstance(rows, range) else rows
+            low, high = min(ends), max(ends)
         if low < 0 or high >= info.shape[0]:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name!r} has {info.shape[0]} rows, row {low if low < 0 else high} was asked "
                 "for; do tokenizer and model belong together?"
             )
-    return wanted
+    return rows if isinstance(rows, torch.Tensor) else torch.tensor(list(rows), dtype=torch.long)
 
 
 def read_rows(info: TensorInfo, rows: torch.Tensor | Sequence[int]) -> torch.Tensor:
@@ -254,8 +257,10 @@ def read_rows(info: TensorInfo, rows: torch.Tensor | Sequence[int]) -> torch.Ten
     shape = (len(wanted), *info.shape[1:])
     if not len(wanted):
         return torch.empty(shape, dtype=info.dtype)
-    distinct, inverse = torch.unique(wanted, return_inverse=True)
     width = info.nbytes // info.shape[0]
+    if isinstance(rows, range) and rows.step == 1:
+        return _shaped(_read_raw(info, rows.start * width, len(rows) * width), info, shape)
+    distinct, inverse = torch.unique(wanted, return_inverse=True)
     data = torch.empty(len(distinct) * width, dtype=torch.uint8)
     view = data.numpy().data
     breaks = (torch.nonzero(distinct[1:] != distinct[:-1] + 1).reshape(-1) + 1).tolist()

@@ -1,16 +1,16 @@
-"""Weights on their way into a GGUF file: read ahead, encoded on all cores, handed to the writer slice by slice.
+"""Weights on their way into a GGUF file: slices are read and encoded on all cores and handed to the writer in order.
 
-Reading, encoding and writing each have a thread, so that the disk works while the processor does. What is in memory is
-a few slices, and of a source that must be decoded whole (a packed weight) that one weight.
+Each slice is the work of one thread from the read to the blocks, so no core waits for another at its end. What is in
+memory is a few slices, and of a source that must be decoded whole (a packed weight) that one weight.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -26,12 +26,12 @@ from lowbit.formats.ggml import BlockTensor, GgmlType
 from lowbit.formats.ggml.grids import Rounding, from_integer
 from lowbit.formats.spec import PER_TENSOR
 from lowbit.kernels.ggml import quantize_rows, round_to_half
+from lowbit.kernels.threads import workers
 
 __all__ = ["Tally", "Task", "encoded", "read_ahead"]
 
 SLICE = 1 << 20
-"""Weights in a slice: enough for all cores. More was given back to the system, and taken anew, for each slice."""
-_DEPTH = 2
+"""Weights in a slice. The memory of larger ones was given back to the system, and taken anew, for each."""
 _SAMPLED_ROWS, _SAMPLED_SLICES = 4, 4
 """So many rows of one slice in so many are decoded again to see the error."""
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -63,6 +63,12 @@ class Tally:
     energy: float = 0.0
     rounding: Rounding = field(default_factory=Rounding)
 
+    def add(self, other: Tally) -> None:
+        """What became of more rows."""
+        self.error += other.error
+        self.energy += other.energy
+        self.rounding += other.rounding
+
     @property
     def relative(self) -> float:
         """Squared error over squares."""
@@ -76,8 +82,16 @@ def encoded(
 
     Raises :class:`NumericsError` naming the tensor for a weight that is not finite or too large for its type.
     """
-    reading = read_ahead(_read(checkpoint, plan, tasks), _DEPTH)
-    return read_ahead(_encode(reading), _DEPTH)
+    last: Task | None = None
+    tally = Tally()
+    with workers() as pool:
+        futures = (pool.submit(_encode, part) for part in _slices(checkpoint, plan, tasks))
+        for future in read_ahead(futures, torch.get_num_threads()):
+            part, blocks, found = future.result()
+            if part.task is not last:
+                last, tally = part.task, Tally()
+            tally.add(found)
+            yield part.task, blocks, tally
 
 
 class _End(Generic[_T]):
@@ -131,55 +145,60 @@ def read_ahead(items: Iterator[_T], depth: int) -> Iterator[_T]:
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """Rows of one matrix of a task's tensor; ``number`` counts the slices of the matrix."""
+    """Rows of one matrix of a task's tensor, and how to get them; ``number`` counts the slices of the matrix."""
 
     task: Task
     matrix: int
     number: int
-    rows: _Part
+    read: Callable[[], _Part]
 
 
-def _read(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tasks: Sequence[Task]) -> Iterator[_Slice]:
+def _slices(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tasks: Sequence[Task]) -> Iterator[_Slice]:
     for task in tasks:
         tensor = task.tensor
         if len(tensor.shape) == 1 or not tensor.sources:
-            yield _Slice(task, 0, 0, load_tensor(checkpoint, plan, tensor).reshape(-1, tensor.shape[-1]))
+            yield _Slice(task, 0, 0, partial(_whole, checkpoint, plan, tensor))
             continue
         for matrix, source in enumerate(tensor.sources):
-            for number, rows in enumerate(_matrix(checkpoint, plan, tensor, source)):
-                yield _Slice(task, matrix, number, rows)
+            for number, read in enumerate(_matrix(checkpoint, plan, tensor, source)):
+                yield _Slice(task, matrix, number, read)
+
+
+def _whole(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tensor: ExportTensor) -> torch.Tensor:
+    return load_tensor(checkpoint, plan, tensor).reshape(-1, tensor.shape[-1])
 
 
 def _matrix(
     checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tensor: ExportTensor, source: str
-) -> Iterator[_Part]:
+) -> Iterator[Callable[[], _Part]]:
     """Slices of one matrix in GGUF's row order."""
     count, columns = tensor.shape[-2:]
     step = max(1, SLICE // columns)
     order = None if tensor.row_order is None else torch.from_numpy(tensor.row_order)
     module = source.removesuffix(".weight")
-    quantized = module != source and module in plan
-    whole: _Part | None = None
-    if quantized:
+    weight: _Part | None = None
+    if module != source and module in plan:
         stored = read_quantized(checkpoint, module, plan[module])
-        whole = stored if isinstance(stored, QuantizedTensor | BlockTensor) else stored.dequantize()
-    elif order is not None or count <= step:
-        whole = checkpoint.read(source).reshape(-1, columns)
+        weight = stored if isinstance(stored, QuantizedTensor | BlockTensor) else stored.dequantize()
     for first in range(0, count, step):
-        last = min(first + step, count)
-        if whole is None:
-            rows: _Part = checkpoint.read_rows(source, range(first, last))
+        some = range(first, min(first + step, count))
+        if weight is None:
+            yield partial(_read, checkpoint, source, some if order is None else order[first : some.stop], tensor)
         else:
-            rows = _take(whole, slice(first, last) if order is None else order[first:last])
-        if isinstance(rows, torch.Tensor) and tensor.offset:
-            rows = rows.float() + tensor.offset
-        yield rows
+            part = slice(first, some.stop)
+            yield partial(_take, weight, part if order is None else order[part], tensor.offset)
 
 
-def _take(weight: _Part, rows: slice | torch.Tensor) -> _Part:
+def _read(checkpoint: Checkpoint, source: str, rows: range | torch.Tensor, tensor: ExportTensor) -> torch.Tensor:
+    """Some rows of a matrix that is stored as it is."""
+    values = checkpoint.read_rows(source, rows).reshape(len(rows), tensor.shape[-1])
+    return values.float() + tensor.offset if tensor.offset else values
+
+
+def _take(weight: _Part, rows: slice | torch.Tensor, offset: float) -> _Part:
     """Some rows of a weight, as it is stored."""
     if isinstance(weight, torch.Tensor):
-        return weight[rows]
+        return weight[rows].float() + offset if offset else weight[rows]
     if isinstance(weight, BlockTensor):
         return BlockTensor(weight.type, weight.blocks[rows])
     shared = weight.spec.group_size == PER_TENSOR
@@ -193,24 +212,20 @@ def _take(weight: _Part, rows: slice | torch.Tensor) -> _Part:
     )
 
 
-def _encode(slices: Iterator[_Slice]) -> Iterator[tuple[Task, npt.NDArray[np.uint8], Tally]]:
-    last: Task | None = None
+def _encode(part: _Slice) -> tuple[_Slice, npt.NDArray[np.uint8], Tally]:
     tally = Tally()
-    with closing(slices):  # type: ignore[type-var]
-        for part in slices:
-            if part.task is not last:
-                last, tally = part.task, Tally()
-            try:
-                blocks = _blocks(part, tally)
-            except (NumericsError, UnsupportedError) as error:
-                names = part.task.tensor.sources or (part.task.tensor.name,)
-                raise type(error)(f"{names[part.matrix]}: {error}") from error
-            yield part.task, blocks, tally
+    rows = part.read()
+    try:
+        blocks = _blocks(part, rows, tally)
+    except (NumericsError, UnsupportedError) as error:
+        names = part.task.tensor.sources or (part.task.tensor.name,)
+        raise type(error)(f"{names[part.matrix]}: {error}") from error
+    return part, blocks, tally
 
 
-def _blocks(part: _Slice, tally: Tally) -> npt.NDArray[np.uint8]:
-    """The slice in the blocks of its type."""
-    kind, rows = part.task.type, part.rows
+def _blocks(part: _Slice, rows: _Part, tally: Tally) -> npt.NDArray[np.uint8]:
+    """The slice's ``rows`` in the blocks of its type."""
+    kind = part.task.type
     if isinstance(rows, BlockTensor) and rows.type == kind:
         rows.validate("blocks")
         return rows.blocks.numpy()
