@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lowbit.errors import CheckpointError, NumericsError
-from lowbit.formats.ggml import GGML_IDS, GGML_TYPES, BlockTensor, GgmlType, decode
+from lowbit.formats.ggml import GGML_IDS, GGML_TYPES, BlockTensor, GgmlType, decode, scale_rows
 from lowbit.formats.ggml.codebooks import grid
+from lowbit.kernels.ggml import quantize_rows
 
 TYPES = list(GGML_TYPES.values())
 
@@ -128,3 +129,27 @@ def test_grids_are_those_of_gguf(name: str) -> None:
     np.testing.assert_array_equal(grid(name), theirs.grid.reshape(theirs.grid_shape))
     with pytest.raises(ValueError, match="read-only"):
         grid(name)[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in TYPES if kind.name not in ("F32", "BF16", "MXFP4", "NVFP4")], ids=str
+)
+def test_scaled_rows_stand_for_scaled_values(kind: GgmlType) -> None:
+    generator = np.random.default_rng(kind.id)
+    weight = generator.standard_normal((3, 512)).astype(np.float32)
+    blocks = quantize_rows(weight, kind) if kind.name != "F16" else weight.astype(np.float16).view(np.uint8)
+    before = decode(blocks, kind)
+    factors = np.array([1.0, 1.25, 0.7], np.float32)
+    scaled = blocks.copy()
+    scale_rows(scaled, kind, factors)
+    np.testing.assert_array_equal(scaled[0], blocks[0])
+    expected = before * factors[:, None]
+    # minima are rounded apart from the scales that they are taken from
+    room = 2.0**-10 * np.abs(before).max(axis=1, keepdims=True)
+    assert (np.abs(decode(scaled, kind) - expected) <= room).all()
+
+
+def test_types_without_float16_scales_are_not_scaled() -> None:
+    kind = GGML_TYPES["MXFP4"]
+    with pytest.raises(KeyError):
+        scale_rows(np.zeros((1, kind.row_bytes(512)), np.uint8), kind, np.ones(1, np.float32))

@@ -435,3 +435,40 @@ def test_float_types_refuse_overflow() -> None:
     weight[0] = 1
     with pytest.raises(NumericsError, match="row 1 holds weights too large for BF16"):
         quantize_rows(weight, GGML_TYPES["BF16"])
+
+
+COARSE = [name for name, kind in GGML_TYPES.items() if kind.bits < 4]
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("name", COARSE)
+def test_queries_and_keys_are_as_large_as_their_weights(name: str, weighted: bool) -> None:
+    kind = GGML_TYPES[name]
+    generator = np.random.default_rng(3)
+    weight = generator.standard_normal((300, 512)).astype(np.float32) * np.float32(0.02)
+    importance = np.exp(generator.standard_normal(512)).astype(np.float32) if weighted else None
+    least = quantize_rows(weight, kind, importance)
+    full = quantize_rows(weight, kind, importance, full_size=280)
+    np.testing.assert_array_equal(full[280:], least[280:])
+    shares = np.ones(512) if importance is None else prepare_importance(importance, 512).astype(np.float64)
+    exact = weight.astype(np.float64)
+
+    def slopes(blocks: np.ndarray) -> np.ndarray:
+        decoded = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name]).astype(np.float64)
+        return np.asarray((decoded * exact * shares).sum(axis=1) / (exact**2 * shares).sum(axis=1))
+
+    assert slopes(least)[:280].mean() < 0.995
+    np.testing.assert_allclose(slopes(full)[:280], 1.0, atol=2e-3)
+
+
+def test_rows_of_nothing_stay_what_they_are() -> None:
+    kind = GGML_TYPES["IQ2_XS"]
+    weight = np.zeros((2, 256), np.float32)
+    np.testing.assert_array_equal(quantize_rows(weight, kind, full_size=2), quantize_rows(weight, kind))
+
+
+def test_types_of_four_bits_and_more_keep_the_least_error() -> None:
+    weight = np.random.default_rng(4).standard_normal((4, 256)).astype(np.float32)
+    for name in ("Q4_0", "IQ4_XS", "MXFP4", "Q8_0"):
+        kind = GGML_TYPES[name]
+        np.testing.assert_array_equal(quantize_rows(weight, kind, full_size=4), quantize_rows(weight, kind))

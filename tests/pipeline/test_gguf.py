@@ -85,13 +85,16 @@ def test_a_mix_is_in_the_file_and_the_manifest(wide_llama: Path, tmp_path: Path)
     assert [finding for finding in lowbit.verify(out).findings if finding.severity == "error"] == []
 
 
-def test_slices_and_threads_change_nothing(wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize_gguf(wide_llama, tmp_path / "a.gguf", scheme="Q8_0")
+@pytest.mark.parametrize("scheme", ["Q8_0", "Q2_K"])
+def test_slices_and_threads_change_nothing(
+    wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    quantize_gguf(wide_llama, tmp_path / "a.gguf", scheme=scheme)
     monkeypatch.setattr(gguf_stream, "SLICE", 5000)
     before = torch.get_num_threads()
     torch.set_num_threads(before + 2)
     try:
-        quantize_gguf(wide_llama, tmp_path / "b.gguf", scheme="Q8_0")
+        quantize_gguf(wide_llama, tmp_path / "b.gguf", scheme=scheme)
     finally:
         torch.set_num_threads(before)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

@@ -178,7 +178,12 @@ def gguf_choice(checkpoint: Checkpoint, names: Sequence[str]) -> FormatChoice:
         for tensor in export.tensors
         if tensor.name in (EMBEDDING, HEAD) and may_quantize(tensor)
     ]
-    return FormatChoice([_blocks(GGML_TYPES[name]) for name in kinds], grouping, tables, other_bytes)
+    score_rows = {
+        tensor.sources[0].removesuffix(".weight"): tensor.score_rows
+        for tensor in export.tensors
+        if tensor.score_rows and (tensor.row_order is None or tensor.score_rows == tensor.shape[0])
+    }
+    return FormatChoice([_blocks(GGML_TYPES[name], score_rows) for name in kinds], grouping, tables, other_bytes)
 
 
 def _solved(codec: Codec, spec: WeightSpec, method: str) -> Candidate:
@@ -228,16 +233,17 @@ def _dense(itemsize: int) -> Candidate:
     return Candidate(DENSE, lambda linears: {}, lambda rows, columns: rows * columns * itemsize, exact=True)
 
 
-def _blocks(kind: GgmlType) -> Candidate:
+def _blocks(kind: GgmlType, score_rows: Mapping[str, int]) -> Candidate:
     def solve(linears: OneInput) -> Mapping[str, Restorable]:
         statistics = linears.statistics
         importance = None
         if statistics is not None and statistics.tokens:
             importance = (statistics.diagonal / statistics.tokens).cpu().numpy()
-        return {
-            name: BlockTensor(kind, torch.from_numpy(quantize_rows(weight.cpu().numpy(), kind, importance)))
-            for name, weight in linears.weights.items()
-        }
+        found = {}
+        for name, weight in linears.weights.items():
+            blocks = quantize_rows(weight.cpu().numpy(), kind, importance, full_size=score_rows.get(name, 0))
+            found[name] = BlockTensor(kind, torch.from_numpy(blocks))
+        return found
 
     def size(rows: int, columns: int) -> int | None:
         return rows * kind.row_bytes(columns) if kind.fits(columns) else None

@@ -145,11 +145,12 @@ def read_ahead(items: Iterator[_T], depth: int) -> Iterator[_T]:
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """Rows of one matrix of a task's tensor, and how to get them; ``number`` counts the slices of the matrix."""
+    """Rows of one matrix of a task's tensor from ``first``, and how to get them; ``number`` counts its slices."""
 
     task: Task
     matrix: int
     number: int
+    first: int
     read: Callable[[], _Part]
 
 
@@ -157,11 +158,11 @@ def _slices(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tasks: Seq
     for task in tasks:
         tensor = task.tensor
         if len(tensor.shape) == 1 or not tensor.sources:
-            yield _Slice(task, 0, 0, partial(_whole, checkpoint, plan, tensor))
+            yield _Slice(task, 0, 0, 0, partial(_whole, checkpoint, plan, tensor))
             continue
         for matrix, source in enumerate(tensor.sources):
-            for number, read in enumerate(_matrix(checkpoint, plan, tensor, source)):
-                yield _Slice(task, matrix, number, read)
+            for number, (first, read) in enumerate(_matrix(checkpoint, plan, tensor, source)):
+                yield _Slice(task, matrix, number, first, read)
 
 
 def _whole(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tensor: ExportTensor) -> torch.Tensor:
@@ -170,8 +171,8 @@ def _whole(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tensor: Exp
 
 def _matrix(
     checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tensor: ExportTensor, source: str
-) -> Iterator[Callable[[], _Part]]:
-    """Slices of one matrix in GGUF's row order."""
+) -> Iterator[tuple[int, Callable[[], _Part]]]:
+    """Slices of one matrix in GGUF's row order, each with its first row."""
     count, columns = tensor.shape[-2:]
     step = max(1, SLICE // columns)
     order = None if tensor.row_order is None else torch.from_numpy(tensor.row_order)
@@ -183,10 +184,11 @@ def _matrix(
     for first in range(0, count, step):
         some = range(first, min(first + step, count))
         if weight is None:
-            yield partial(_read, checkpoint, source, some if order is None else order[first : some.stop], tensor)
+            rows = some if order is None else order[first : some.stop]
+            yield first, partial(_read, checkpoint, source, rows, tensor)
         else:
             part = slice(first, some.stop)
-            yield partial(_take, weight, part if order is None else order[part], tensor.offset)
+            yield first, partial(_take, weight, part if order is None else order[part], tensor.offset)
 
 
 def _read(checkpoint: Checkpoint, source: str, rows: range | torch.Tensor, tensor: ExportTensor) -> torch.Tensor:
@@ -239,7 +241,8 @@ def _blocks(part: _Slice, rows: _Part, tally: Tally) -> npt.NDArray[np.uint8]:
     if kind.name in _FLOATS:
         return _as_floats(values, kind, tally)
     importance = None if part.task.importance is None else part.task.importance[part.matrix]
-    blocks = quantize_rows(_array(values), kind, importance)
+    full_size = max(0, part.task.tensor.score_rows - part.first)
+    blocks = quantize_rows(_array(values), kind, importance, full_size=full_size)
     if part.number % _SAMPLED_SLICES:
         return blocks
     sample = slice(None, None, max(1, len(values) // _SAMPLED_ROWS))

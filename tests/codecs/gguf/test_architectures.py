@@ -53,6 +53,23 @@ def test_names_are_those_of_the_gguf_package(model_of: Callable[[str], Path], na
     assert len({tensor.name for tensor in plan.tensors}) == len(plan.tensors)
 
 
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_rows_that_make_scores_are_those_of_queries_and_keys(model_of: Callable[[str], Path], name: str) -> None:
+    checkpoint = open_checkpoint(model_of(name))
+    config = checkpoint.config
+    heads, keys = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    expected = {"attn_q": heads * size, "attn_k": keys * size, "attn_qkv": (heads + keys) * size}
+    found = 0
+    for tensor in export_plan(checkpoint).tensors:
+        stem = tensor.name.removesuffix(".weight").rpartition(".")[2]
+        assert tensor.score_rows == expected.get(stem, 0), tensor.name
+        found += tensor.score_rows
+        if stem in ("attn_q", "attn_k"):
+            assert tensor.score_rows == tensor.shape[0]
+    assert found == config["num_hidden_layers"] * (heads + keys) * size
+
+
 def serve(path: Path, context: int, *, embedding: bool = False) -> Any:
     """A llama.cpp server over ``path`` that computes in float32 throughout."""
     xllamacpp = pytest.importorskip("xllamacpp")

@@ -41,6 +41,7 @@ class ExportTensor:
     ``offset``     added to every value
     ``constant``   the float32 values themselves, where no source has them
     ``keep_float`` never quantized: stays F32
+    ``score_rows`` so many rows, from the first, make queries and keys, whose products are attention's scores
     """
 
     name: str
@@ -50,6 +51,7 @@ class ExportTensor:
     offset: float = 0.0
     constant: torch.Tensor | None = None
     keep_float: bool = False
+    score_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,13 @@ class _Builder:
             row_order=order,
             offset=link.offset if name.endswith(".weight") else 0.0,
             keep_float=link.keep_float or len(shape) == 1,
+            score_rows=self._score_rows(name) if len(shape) == 2 else 0,
         )
+
+    def _score_rows(self, name: str) -> int:
+        heads = self._heads
+        rows = {"attn_q": heads.queries, "attn_k": heads.keys, "attn_qkv": heads.queries + heads.keys}
+        return rows.get(name.removesuffix(".weight").rpartition(".")[2], 0) * heads.size
 
     def _order(self, kind: str, rows: int, name: str) -> RowOrder:
         key = (kind, rows)

@@ -12,7 +12,7 @@ from lowbit.errors import NumericsError
 from lowbit.formats.ggml.decode import decode
 from lowbit.formats.ggml.types import GgmlType
 
-__all__ = ["BlockTensor", "finite_scales"]
+__all__ = ["BlockTensor", "finite_scales", "scale_rows"]
 
 _FLOAT_SCALES: dict[str, tuple[int, ...]] = {
     "Q4_0": (0,),
@@ -54,6 +54,29 @@ def finite_scales(blocks: npt.NDArray[np.uint8], kind: GgmlType) -> bool:
         return bool(np.isfinite(decode(blocks, kind)).all())
     # by the upper bytes of their bits: there is no fast arithmetic on float16
     return all(int((split[:, at + 1] & np.uint8(0x7F)).max(initial=0)) < 0x7C for at in offsets)
+
+
+def scale_rows(blocks: npt.NDArray[np.uint8], kind: GgmlType, factors: npt.NDArray[np.float32]) -> None:
+    """Multiply what the rows of ``blocks`` uint8 ``[rows, row_bytes]`` stand for by ``factors`` ``[rows]``, in place.
+
+    Only their float16 scales (and minima) change, and are rounded. Raises :class:`KeyError` for a type without.
+    """
+    split = blocks.reshape(len(blocks), -1, kind.block_bytes)
+    if kind.name == "IQ1_M":
+        # four bits of the scale on top of each of four words
+        words = split[..., 48:56].view("<u2")
+        bits = (words >> 12 << np.array([0, 4, 8, 12], np.uint16)).sum(axis=-1, keepdims=True, dtype=np.uint16)
+        scaled = _times(bits.view(np.float16), factors).view(np.uint16)
+        words[...] = words & 0xFFF | scaled >> np.array([0, 4, 8, 12], np.uint16) << 12
+        return
+    for at in _FLOAT_SCALES[kind.name]:
+        scales = split[..., at : at + 2].view("<f2")
+        scales[...] = _times(scales, factors)
+
+
+def _times(scales: npt.NDArray[np.float16], factors: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        return (scales.astype(np.float32) * factors[:, None, None]).astype(np.float16)
 
 
 @dataclass(frozen=True, slots=True)

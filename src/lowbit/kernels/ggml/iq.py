@@ -33,7 +33,7 @@ Importance = npt.NDArray[np.float32] | None
 IQ3_S = Layout(sub=32, steps=16, unit=1.0, signs="free", guess=0.145, ratio=1.12)
 IQ3_XXS = Layout(sub=32, steps=16, unit=0.25, signs="even", guess=0.04, ratio=1.12)
 IQ2_S = Layout(sub=16, steps=16, unit=0.125, signs="free", guess=0.05, ratio=1.12)
-IQ2_XS = Layout(sub=16, steps=16, unit=0.125, signs="even", guess=0.05, ratio=1.12, unshrink=0.6)
+IQ2_XS = Layout(sub=16, steps=16, unit=0.125, signs="even", guess=0.05, ratio=1.12)
 IQ2_XXS = Layout(sub=32, steps=16, unit=0.125, signs="even", guess=0.05, ratio=1.12)
 IQ1_S = Layout(sub=32, steps=8, unit=1.0, signs="point", guess=1.2, ratio=1.2, shifts=2, shared=True, exact=False)
 IQ1_M = Layout(sub=16, steps=8, unit=1.0, signs="point", guess=1.2, ratio=1.2, shifts=2, exact=False)

@@ -40,7 +40,6 @@ _WIDER = 6
 _TRIALS = 8
 _LEAST_SHARE, _MOST_SHARE = 0.8, 1.1
 """Block scales tried: the largest scale number then stands for these shares of the largest sub-block scale."""
-_MOST_LOST = 0.3
 _TOO_LARGE = 1e30
 _FLAT = 1.5
 """Square of the largest weight over the mean square, below which a sub-block has nearly one magnitude."""
@@ -59,9 +58,6 @@ class Layout:
     ``guess``    scale of a sub-block over its root mean square, where the search begins
     ``ratio``    from one scale tried to the next
     ``exact``    whether the final codes are the best of the whole codebook, not of the nearest points
-    ``unshrink`` the scale of least squares makes a block smaller than the weights by the share of their energy that is
-                 lost, all in one direction, which layers pass on where errors of either sign would cancel: this share
-                 of it is undone
     """
 
     sub: int
@@ -73,7 +69,6 @@ class Layout:
     shifts: int = 1
     shared: bool = False
     exact: bool = True
-    unshrink: float = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +130,7 @@ def search(
         weight,
         np.ones(columns, np.float32) if importance is None else importance,
         (thresholds, table.halves, table.points, table.order, table.start, table.neighbours),
-        (layout.unit, layout.guess, layout.ratio, layout.unshrink),
+        (layout.unit, layout.guess, layout.ratio),
         (table.width, layout.sub, layout.steps, signed, even, layout.shifts, layout.shared, layout.exact),
         known,
         scratch,
@@ -260,7 +255,6 @@ def _encode(
     unit, guess, ratio = np.float32(constants[0]), np.float32(constants[1]), np.float32(constants[2])
     size, steps = shape[1], shape[2]
     subs = BLOCK // size
-    whole = np.float32(0.0)
     for sub in range(subs):
         energy = mass = top = np.float32(0.0)
         for j in range(sub * size, (sub + 1) * size):
@@ -269,7 +263,6 @@ def _encode(
             top = max(top, abs(x[j]))
         if not energy < _TOO_LARGE:
             return np.float32(np.inf)
-        whole += energy
         level = shape[3] and top * top * mass < np.float32(_FLAT) * energy
         _scan(sub, guess * np.sqrt(energy / mass), top, level, shape, ratio, x, codebook, known, room, lists)
     scale = _block_scale(unit, steps, wanted, sums, counts)
@@ -295,8 +288,6 @@ def _encode(
         for u in range(len(shifted)):
             kept[0][u], kept[1][u], kept[2][u] = point[shifted[u], u], shifted[u], flipped[u]
         kept[3][:] = number
-        lost = min(max(np.float32(1.0) - best / whole, np.float32(0.0)), np.float32(_MOST_LOST))
-        best_scale *= np.float32(1.0) + np.float32(constants[3]) * lost / (np.float32(1.0) - lost)
     return _half(best_scale / unit)
 
 
