@@ -83,9 +83,8 @@ def quantize_rows(
                 _require_finite(part, greatest, start)
             elif encoder is not None:
                 _require_finite(part, greatest_bits(part), start)
-                values = widened(part) if part.dtype == np.uint16 else part
                 with np.errstate(over="ignore", under="ignore"):
-                    blocks[start:stop] = encoder(values, prepared)
+                    blocks[start:stop] = encoder(widened(part), prepared)
             if start < full_size and kind.bits < _COARSE:
                 _enlarge(part[: full_size - start], blocks[start : min(stop, full_size)], kind, prepared)
             if not finite_scales(blocks[start:stop], kind):
@@ -105,7 +104,7 @@ def _enlarge(
     """Scale the rows of ``blocks`` to the size of their weights."""
     from lowbit.kernels.ggml.direct import widened
 
-    values = widened(weight) if weight.dtype == np.uint16 else weight
+    values = widened(weight)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         decoded = decode(blocks, kind)
         shares = values if importance is None else values * importance

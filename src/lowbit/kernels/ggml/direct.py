@@ -88,10 +88,12 @@ def to_halves(weight: Floats | Halves, halves: Halves) -> tuple[int, float, floa
     return int(greatest), float(error), float(energy)
 
 
-def widened(halves: Halves) -> Floats:
-    """float32 of the shape of ``halves``, the bits of bfloat16."""
-    bits = np.empty(halves.shape, np.int32)
-    _widen(halves.reshape(-1), bits.reshape(-1))
+def widened(weight: Floats | Halves) -> Floats:
+    """``weight`` if it is float32, or in float32 if it is the bits of bfloat16."""
+    if weight.dtype != np.uint16:
+        return weight.view(np.float32)
+    bits = np.empty(weight.shape, np.int32)
+    _widen(weight.reshape(-1), bits.reshape(-1))
     return bits.view(np.float32)
 
 
