@@ -1,7 +1,7 @@
 """llama.cpp's server as a process of its own: ``python -m lowbit.engines.llama_server --model X.gguf --port N``.
 
-The server of the ``xllamacpp`` package runs in it, on the given port, until SIGTERM. How its threads wait for each other
-is OpenMP's, by the environment that :mod:`lowbit.gateway.launch` gives it.
+The server of the ``xllamacpp`` package runs in it, on the given port, until SIGTERM. How its threads wait for each
+other is OpenMP's, by the environment that :mod:`lowbit.gateway.launch` gives it.
 """
 
 from __future__ import annotations
