@@ -38,7 +38,8 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, InputStatistics]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = torch.randn(rows, columns, generator=generator) * draw(st.sampled_from([1e-6, 0.02, 1.0, 100.0]))
     inputs = torch.randn(tokens, columns, generator=generator) * draw(st.sampled_from([1e-4, 1.0, 1e3]))
-    for column in draw(st.lists(st.integers(0, columns - 1), max_size=4)):
+    # each column once: outliers of outliers rightly do not fit float16 scales
+    for column in draw(st.lists(st.integers(0, columns - 1), max_size=4, unique=True)):
         kind = draw(st.sampled_from(["dead", "huge", "copy", "zero", "outlier"]))
         if kind == "dead":
             inputs[:, column] = 0.0
