@@ -125,7 +125,7 @@ def cases() -> Iterator[Case]:
     own_smooth = {"method": "gptq", "scheme": "W8A8", "format": "compressed-tensors", "transform": "smoothquant"}
     yield Case("w8a8-smoothquant", 8, System("lowbit", own_smooth), (smooth,))
     for bits, mix in (
-        *((4, mix) for mix in ("Q4_K_M", "IQ4_XS", "IQ4_NL")),
+        *((4, mix) for mix in ("Q4_K_M", "Q4_0", "IQ4_XS", "IQ4_NL")),
         *((3, mix) for mix in ("Q3_K_M", "IQ3_M", "IQ3_S", "IQ3_XXS")),
         *((2, mix) for mix in ("Q2_K", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS")),
     ):

@@ -1,6 +1,6 @@
 """What ``lowbit tune`` gains over the settings that ``lowbit serve`` starts with: winner and default side by side.
 
-    python benchmarks/tune.py [--models demo 1.1b] [--work DIR] [--budget 150s 280s] [--json FILE]
+    python benchmarks/tune.py [--models demo 1.1b] [--work DIR] [--budget 150s 480s] [--json FILE]
 
 The 1.1B model has random weights (its tokens cost what a trained model's cost; what it says means nothing, so prompt
 lookup is left out) and is made in ``--work``, quantized to Q4_0. Each run is one ``lowbit tune``: races, then default
@@ -21,11 +21,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LOWBIT = [sys.executable, "-m", "lowbit"]
 
+_ALL_BUT_LOOKUP = "threads,threads_batch,concurrency,batch,ubatch,flash_attention,prefix_caching,cache_reuse,spin"
+
 CASES: dict[str, list[str]] = {
     "demo": ["--concurrency", "8", "--prompt-tokens", "128", "--output-tokens", "64", "--dedicated"],
     "1.1b": [
         *("--concurrency", "4", "--prompt-tokens", "16", "--output-tokens", "16", "--dedicated"),
-        *("--settings", "concurrency,flash_attention,spin"),
+        *("--settings", _ALL_BUT_LOOKUP),
     ],
 }
 """The workload of each model."""
@@ -72,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(CASES), default=["demo", "1.1b"])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-tune")
-    parser.add_argument("--budget", nargs="+", default=["150s", "280s"], help="of each model")
+    parser.add_argument("--budget", nargs="+", default=["150s", "480s"], help="of each model")
     parser.add_argument("--gguf", help="take this file as the 1.1B model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -149,7 +149,8 @@ def test_scaled_rows_stand_for_scaled_values(kind: GgmlType) -> None:
     assert (np.abs(decode(scaled, kind) - expected) <= room).all()
 
 
-def test_types_without_float16_scales_are_not_scaled() -> None:
-    kind = GGML_TYPES["MXFP4"]
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4", "F32"])
+def test_types_without_float16_scales_are_not_scaled(name: str) -> None:
+    kind = GGML_TYPES[name]
     with pytest.raises(KeyError):
         scale_rows(np.zeros((1, kind.row_bytes(512)), np.uint8), kind, np.ones(1, np.float32))

@@ -22,14 +22,16 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 import lowbit
 from lowbit.checkpoint import known_hashes, read_manifest
 from lowbit.codecs import dense_names, module_plan, open_model, read_dense
+from lowbit.codecs.gguf.architectures import export_plan
 from lowbit.codecs.gguf.container import open_gguf
 from lowbit.codecs.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from lowbit.engines.llama_cpp import LlamaCpp
 from lowbit.errors import CheckpointError, NumericsError, ResourceError, UnsupportedError, UsageError
+from lowbit.formats.ggml import GGML_TYPES
 from lowbit.pipeline import gguf_output, gguf_stream
 from lowbit.pipeline.gguf import quantize_gguf
 from lowbit.pipeline.gguf_convert import convert
-from lowbit.pipeline.gguf_stream import read_ahead
+from lowbit.pipeline.gguf_stream import Task, read_ahead
 from lowbit.pipeline.streamed import StreamedModel
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
@@ -354,8 +356,22 @@ def test_reading_ahead_hands_errors_on_and_stops_with_its_reader() -> None:
     produced.clear()
     reader = read_ahead(items(1000), 2)
     assert next(reader) == 0
-    reader.close()  # type: ignore[attr-defined]
+    reader.close()
     assert len(produced) < 10
+
+
+def test_encoding_ends_with_its_reader(wide_llama: Path) -> None:
+    checkpoint = open_model(wide_llama)
+    tasks = [Task(tensor, GGML_TYPES["F32"]) for tensor in export_plan(checkpoint).tensors]
+    pieces = gguf_stream.encoded(checkpoint, {}, tasks)
+    next(pieces)
+    assert _own_threads()
+    pieces.close()
+    assert not _own_threads()
+
+
+def _own_threads() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith(("lowbit-worker", "lowbit-read-ahead"))]
 
 
 def test_the_source_is_hashed_meanwhile(wide_llama: Path, tmp_path: Path) -> None:

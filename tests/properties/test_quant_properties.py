@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit.errors import NumericsError
 from lowbit.formats import PER_CHANNEL, PER_TENSOR, IntSpec
 from lowbit.quant import METHODS, AwqOptions, GptqOptions, InputStatistics, RtnOptions, search_scales
 from lowbit.quant.factor import quadratic_form
@@ -38,8 +39,7 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, InputStatistics]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = torch.randn(rows, columns, generator=generator) * draw(st.sampled_from([1e-6, 0.02, 1.0, 100.0]))
     inputs = torch.randn(tokens, columns, generator=generator) * draw(st.sampled_from([1e-4, 1.0, 1e3]))
-    # each column once: outliers of outliers rightly do not fit float16 scales
-    for column in draw(st.lists(st.integers(0, columns - 1), max_size=4, unique=True)):
+    for column in draw(st.lists(st.integers(0, columns - 1), max_size=4)):
         kind = draw(st.sampled_from(["dead", "huge", "copy", "zero", "outlier"]))
         if kind == "dead":
             inputs[:, column] = 0.0
@@ -63,7 +63,13 @@ def test_every_method_gives_a_valid_tensor_near_the_weight(
 ) -> None:
     weight, statistics = problem
     before = weight.clone()
-    solution = METHODS[NAMES[type(options)]].solve(weight, statistics, spec, options, name="layer")
+    try:
+        solution = METHODS[NAMES[type(options)]].solve(weight, statistics, spec, options, name="layer")
+    except NumericsError:
+        # outliers of outliers may be too large for the scales: they are refused rather than stored as infinities
+        if float(weight.abs().max()) <= torch.finfo(spec.scale_dtype).max:
+            raise
+        return
     solution.tensor.validate("layer")
     restored = solution.tensor.dequantize()
     assert torch.equal(weight, before)

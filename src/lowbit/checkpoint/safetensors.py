@@ -232,19 +232,17 @@ def check_rows(info: TensorInfo, rows: torch.Tensor | Sequence[int]) -> torch.Te
     if not info.shape:
         raise CheckpointError(f"{info.file}: tensor {info.name!r} is a scalar and has no rows")
     if isinstance(rows, torch.Tensor):
-        rows = rows.detach().reshape(-1).to("cpu", torch.long)
-    if len(rows):
-        if isinstance(rows, torch.Tensor):
-            low, high = int(rows.min()), int(rows.max())
-        else:
-            ends = (rows[0], rows[-1]) if isinstance(rows, range) else rows
-            low, high = min(ends), max(ends)
+        wanted = rows.detach().reshape(-1).to("cpu", torch.long)
+    else:
+        wanted = torch.tensor(list(rows), dtype=torch.long)
+    if len(wanted):
+        low, high = int(wanted.min()), int(wanted.max())
         if low < 0 or high >= info.shape[0]:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name!r} has {info.shape[0]} rows, row {low if low < 0 else high} was asked "
                 "for; do tokenizer and model belong together?"
             )
-    return rows if isinstance(rows, torch.Tensor) else torch.tensor(list(rows), dtype=torch.long)
+    return wanted
 
 
 def read_rows(info: TensorInfo, rows: torch.Tensor | Sequence[int]) -> torch.Tensor:
@@ -253,14 +251,16 @@ def read_rows(info: TensorInfo, rows: torch.Tensor | Sequence[int]) -> torch.Ten
     Neighbouring rows are read in one go, so ``range(a, b)`` costs one read. Raises :class:`CheckpointError` for a row
     outside the tensor.
     """
+    if isinstance(rows, range) and rows.step == 1 and rows:
+        check_rows(info, (rows[0], rows[-1]))
+        width = info.nbytes // info.shape[0]
+        return _shaped(_read_raw(info, rows[0] * width, len(rows) * width), info, (len(rows), *info.shape[1:]))
     wanted = check_rows(info, rows)
     shape = (len(wanted), *info.shape[1:])
     if not len(wanted):
         return torch.empty(shape, dtype=info.dtype)
-    width = info.nbytes // info.shape[0]
-    if isinstance(rows, range) and rows.step == 1:
-        return _shaped(_read_raw(info, rows.start * width, len(rows) * width), info, shape)
     distinct, inverse = torch.unique(wanted, return_inverse=True)
+    width = info.nbytes // info.shape[0]
     data = torch.empty(len(distinct) * width, dtype=torch.uint8)
     view = data.numpy().data
     breaks = (torch.nonzero(distinct[1:] != distinct[:-1] + 1).reshape(-1) + 1).tolist()

@@ -178,6 +178,7 @@ def gguf_choice(checkpoint: Checkpoint, names: Sequence[str]) -> FormatChoice:
         for tensor in export.tensors
         if tensor.name in (EMBEDDING, HEAD) and may_quantize(tensor)
     ]
+    # the first rows of a checkpoint's matrix are those of the file's where all are meant, or none is moved
     score_rows = {
         tensor.sources[0].removesuffix(".weight"): tensor.score_rows
         for tensor in export.tensors

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeAlias, TypeVar
@@ -77,7 +78,7 @@ class Tally:
 
 def encoded(
     checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tasks: Sequence[Task]
-) -> Iterator[tuple[Task, npt.NDArray[np.uint8], Tally]]:
+) -> Generator[tuple[Task, npt.NDArray[np.uint8], Tally], None, None]:
     """The bytes of all ``tasks`` in order, piece by piece, each with the tally of its tensor so far.
 
     Raises :class:`NumericsError` naming the tensor for a weight that is not finite or too large for its type.
@@ -85,13 +86,15 @@ def encoded(
     last: Task | None = None
     tally = Tally()
     with workers() as pool:
-        futures = (pool.submit(_encode, part) for part in _slices(checkpoint, plan, tasks))
-        for future in read_ahead(futures, torch.get_num_threads()):
-            part, blocks, found = future.result()
-            if part.task is not last:
-                last, tally = part.task, Tally()
-            tally.add(found)
-            yield part.task, blocks, tally
+        submitted = (pool.submit(_encode, part) for part in _slices(checkpoint, plan, tasks))
+        # closed before the pool that its thread submits to
+        with closing(read_ahead(submitted, torch.get_num_threads())) as futures:
+            for future in futures:
+                part, blocks, found = future.result()
+                if part.task is not last:
+                    last, tally = part.task, Tally()
+                tally.add(found)
+                yield part.task, blocks, tally
 
 
 class _End(Generic[_T]):
@@ -101,7 +104,7 @@ class _End(Generic[_T]):
         self.error = error
 
 
-def read_ahead(items: Iterator[_T], depth: int) -> Iterator[_T]:
+def read_ahead(items: Iterator[_T], depth: int) -> Generator[_T, None, None]:
     """``items``, produced by a thread of its own up to ``depth`` items ahead of the consumer.
 
     An exception of the producer is raised where its item would be. When the consumer leaves, the producer stops.
@@ -188,19 +191,19 @@ def _matrix(
             yield first, partial(_read, checkpoint, source, rows, tensor)
         else:
             part = slice(first, some.stop)
-            yield first, partial(_take, weight, part if order is None else order[part], tensor.offset)
+            yield first, partial(_take, weight, part if order is None else order[part], tensor)
 
 
 def _read(checkpoint: Checkpoint, source: str, rows: range | torch.Tensor, tensor: ExportTensor) -> torch.Tensor:
     """Some rows of a matrix that is stored as it is."""
     values = checkpoint.read_rows(source, rows).reshape(len(rows), tensor.shape[-1])
-    return values.float() + tensor.offset if tensor.offset else values
+    return tensor.shifted(values)
 
 
-def _take(weight: _Part, rows: slice | torch.Tensor, offset: float) -> _Part:
+def _take(weight: _Part, rows: slice | torch.Tensor, tensor: ExportTensor) -> _Part:
     """Some rows of a weight, as it is stored."""
     if isinstance(weight, torch.Tensor):
-        return weight[rows].float() + offset if offset else weight[rows]
+        return tensor.shifted(weight[rows])
     if isinstance(weight, BlockTensor):
         return BlockTensor(weight.type, weight.blocks[rows])
     shared = weight.spec.group_size == PER_TENSOR

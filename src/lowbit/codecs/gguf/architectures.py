@@ -53,6 +53,10 @@ class ExportTensor:
     keep_float: bool = False
     score_rows: int = 0
 
+    def shifted(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` with the offset: in float32 if there is one, else as they are."""
+        return values.float() + self.offset if self.offset else values
+
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
@@ -114,7 +118,7 @@ def load_source(
     values = read_dense(checkpoint, plan, tensor.sources[index])
     if tensor.row_order is not None:
         values = values[torch.from_numpy(tensor.row_order)]
-    return values.float() + tensor.offset if tensor.offset else values
+    return tensor.shifted(values)
 
 
 def load_tensor(checkpoint: Checkpoint, plan: Mapping[str, StoredModule], tensor: ExportTensor) -> torch.Tensor:

@@ -93,11 +93,10 @@ class GgufCheckpoint(Checkpoint):
     def read_rows(self, name: str, rows: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Rows of a tensor ``[n, ...]`` in the order asked, without reading the others; see :meth:`read`."""
         info = self.info(name)
-        wanted = check_rows(info, rows)
         tensor = self._imported[name]
         if tensor.rows is None:
-            return _shifted(read_rows(_part(tensor, info), wanted), tensor)
-        places = torch.from_numpy(tensor.rows)[wanted]
+            return _shifted(read_rows(_part(tensor, info), rows), tensor)
+        places = torch.from_numpy(tensor.rows)[check_rows(info, rows)]
         stored = read_rows(_part(tensor, info), places.clamp(min=0))
         stored[places < 0] = 0
         return _shifted(stored, tensor)

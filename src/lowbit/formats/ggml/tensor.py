@@ -61,6 +61,8 @@ def scale_rows(blocks: npt.NDArray[np.uint8], kind: GgmlType, factors: npt.NDArr
 
     Only their float16 scales (and minima) change, and are rounded. Raises :class:`KeyError` for a type without.
     """
+    if kind.name != "IQ1_M" and not _FLOAT_SCALES[kind.name]:
+        raise KeyError(kind.name)
     split = blocks.reshape(len(blocks), -1, kind.block_bytes)
     if kind.name == "IQ1_M":
         # four bits of the scale on top of each of four words
